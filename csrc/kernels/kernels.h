@@ -103,7 +103,7 @@ struct KernelTable {
   void (*linear_grad_values)(const LinearGradValues&);
 };
 
-// Best first; the last one, "baseline", is always supported. A null isa ends the list.
+// Best first; the last one is supported everywhere. A null pointer ends the list.
 extern const KernelTable* const kKernelTables[];
 
 // The table in use: the best supported one, or what SPARSETRAIN_ISA names, once per process.

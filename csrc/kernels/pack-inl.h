@@ -1,0 +1,79 @@
+// Between PyTorch's (batch, features) rows and the kernels' tiles.
+//
+// A tile of T holds `samples` <= NV * lanes samples: tile[feature][NV * lanes], so that the
+// samples of one feature are NV consecutive aligned vectors. Lanes beyond `samples` are zero.
+#pragma once
+
+#include "simd-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// One square of `lanes` features x `lanes` samples, transposed in registers.
+template <class S, int NV>
+ST_INLINE void pack_square(const S* src, int64_t stride, int samples, int features, Sum<S>* tile) {
+  typedef Sum<S> T;
+  constexpr int w = kLanes<T>;
+  Vec<T> r[w];
+  if (samples >= w && features == w) {
+    ST_UNROLL
+    for (int i = 0; i < w; i++) r[i] = load_widened(src + i * stride);
+  } else {
+    for (int i = 0; i < w; i++)
+      r[i] = i < samples ? load_widened_some(src + i * stride, features) : Vec<T>{};
+  }
+  transpose<T>(r);
+  if (features == w) {
+    ST_UNROLL
+    for (int i = 0; i < w; i++) store<T>(tile + i * NV * w, r[i]);
+  } else {
+    for (int i = 0; i < features; i++) store<T>(tile + i * NV * w, r[i]);
+  }
+}
+
+// src: `samples` rows of `features` values, row i at src + i * stride.
+// tile: features x NV * lanes, aligned to a vector, written in full.
+template <class S, int NV>
+void pack_tile(const S* src, int64_t stride, int samples, int64_t features, Sum<S>* tile) {
+  constexpr int w = kLanes<Sum<S>>;
+  for (int64_t f = 0; f < features; f += w) {
+    const int n = static_cast<int>(features - f < w ? features - f : w);
+    ST_UNROLL
+    for (int v = 0; v < NV; v++)
+      pack_square<S, NV>(src + v * w * stride + f, stride, samples - v * w, n,
+                         tile + f * NV * w + v * w);
+  }
+}
+
+// The way back: dst row i gets feature values tile[..][i], i < samples. tile as above.
+template <class S, int NV>
+void unpack_tile(const Sum<S>* tile, int samples, int64_t features, S* dst, int64_t stride) {
+  typedef Sum<S> T;
+  constexpr int w = kLanes<T>;
+  for (int64_t f = 0; f < features; f += w) {
+    const int n = static_cast<int>(features - f < w ? features - f : w);
+    ST_UNROLL
+    for (int v = 0; v < NV; v++) {
+      const int rows = samples - v * w < w ? samples - v * w : w;
+      Vec<T> r[w];
+      const T* p = tile + f * NV * w + v * w;
+      if (n == w) {
+        ST_UNROLL
+        for (int i = 0; i < w; i++) r[i] = load<T>(p + i * NV * w);
+      } else {
+        for (int i = 0; i < w; i++) r[i] = i < n ? load<T>(p + i * NV * w) : Vec<T>{};
+      }
+      transpose<T>(r);
+      S* d = dst + v * w * stride + f;
+      if (rows == w && n == w) {
+        ST_UNROLL
+        for (int i = 0; i < w; i++) store_narrowed<S>(d + i * stride, r[i], w);
+      } else {
+        for (int i = 0; i < rows; i++) store_narrowed<S>(d + i * stride, r[i], n);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparsetrain

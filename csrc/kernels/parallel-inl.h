@@ -1,0 +1,67 @@
+// Sharing out work. No result may depend on which worker takes which item.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+#include "simd-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// Scratch memory, aligned for any vector; not initialised.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) & ~size_t{63};
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Calls body(worker, item) once for every item; workers take the next item when they are free, so
+// that a core that is slowed down does not hold up the others. worker < workers.
+template <class Body>
+void share(const Parallel& parallel, int workers, int64_t items, const Body& body) {
+  if (workers <= 1 || items <= 1) {
+    for (int64_t i = 0; i < items; i++) body(0, i);
+    return;
+  }
+  struct Context {
+    const Body& body;
+    int64_t items;
+    int64_t next;
+  } context{body, items, 0};
+  parallel.run(
+      workers,
+      [](void* opaque, int64_t worker) {
+        Context& c = *static_cast<Context*>(opaque);
+        for (;;) {
+          const int64_t i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
+          if (i >= c.items) return;
+          c.body(static_cast<int>(worker), i);
+        }
+      },
+      &context);
+}
+
+// Threads worth waking: a region costs about 2 us, the time of some 50,000 products.
+ST_INLINE int worth_waking(const Parallel& parallel, int64_t products) {
+  const int64_t most = products / 50000 + 1;
+  return static_cast<int>(parallel.threads < most ? parallel.threads : most);
+}
+
+ST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace sparsetrain

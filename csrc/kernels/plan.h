@@ -1,0 +1,52 @@
+// A pattern in the form the kernels read: the pattern as given and its transpose, each cut into
+// column blocks. Everything here is derived from the pattern alone, in O(nnz), and can be rebuilt.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "kernels.h"
+
+namespace sparsetrain {
+
+// One orientation of a pattern. The nonzeros of one row inside one column block are a contiguous
+// run, since columns are sorted; so blocking needs only where the runs begin.
+struct Side {
+  int64_t rows = 0, cols = 0, nnz = 0;
+  int64_t blocks = 1;
+  const int32_t* row_begin = nullptr;   // rows + 1: CSR row pointers
+  std::unique_ptr<int32_t[]> cuts;      // (blocks - 1) x rows: where block b + 1 of a row begins
+  const int32_t* index32 = nullptr;     // nnz column numbers, or null if index16 holds them
+  const uint16_t* index16 = nullptr;    // nnz, when cols <= 65536 and the numbers are our own
+  const int32_t* perm = nullptr;        // nnz: values[perm[k]] is nonzero k; null: the identity
+
+  // rows entries each: block b of row r is [begin_of(b)[r], begin_of(b + 1)[r])
+  const int32_t* begin_of(int64_t b) const {
+    if (b == 0) return row_begin;
+    if (b == blocks) return row_begin + 1;
+    return cuts.get() + (b - 1) * rows;
+  }
+  size_t bytes() const { return cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0; }
+};
+
+class Plan {
+ public:
+  explicit Plan(const Pattern& pattern);
+  const Pattern& pattern() const { return pattern_; }
+  const Side& forward() const { return forward_; }
+  const Side& transposed() const;  // built by the first call, from any thread
+  size_t bytes() const;
+
+ private:
+  void build_transposed() const;
+
+  Pattern pattern_;
+  Side forward_;
+  mutable std::once_flag transposed_once_;
+  mutable Side transposed_;
+  mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_, tperm_;
+  mutable std::unique_ptr<uint16_t[]> tindex16_;
+};
+
+}  // namespace sparsetrain

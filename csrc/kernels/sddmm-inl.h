@@ -1,0 +1,73 @@
+// Products of two packed tiles at the nonzeros only:
+//   dvalues[k] += sum_s dy[row(k)][s] * x[index[k]][s]
+#pragma once
+
+#include "simd-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// G nonzeros of one row at once: G independent sums, folded together. dy stays in registers.
+template <class T, int NV, int G, class I>
+ST_INLINE void sddmm_group(const Vec<T>* dy, const I* index, const T* x, T* dvalues) {
+  constexpr int w = kLanes<T>;
+  Vec<T> sum[G];
+  ST_UNROLL
+  for (int g = 0; g < G; g++) {
+    const T* p = x + static_cast<int64_t>(index[g]) * (NV * w);
+    sum[g] = dy[0] * load<T>(p);
+    ST_UNROLL
+    for (int v = 1; v < NV; v++) sum[g] += dy[v] * load<T>(p + v * w);
+  }
+  add_sums<T, G>(sum, dvalues);
+}
+
+// One column block for `rows` consecutive rows.
+//   begin, end, index, x: as in spmm_block; dy: tile of these rows (rows x NV * lanes, aligned)
+//   dvalues: of the whole pattern (nnz)
+template <class T, int NV, class I>
+void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
+                 const I* __restrict index, const T* __restrict x, const T* __restrict dy,
+                 T* __restrict dvalues) {
+  constexpr int w = kLanes<T>;
+  for (int64_t r = 0; r < rows; r++, dy += NV * w) {
+    int32_t k = begin[r];
+    const int32_t stop = end[r];
+    if (k == stop) continue;
+    Vec<T> d[NV];
+    ST_UNROLL
+    for (int v = 0; v < NV; v++) d[v] = load<T>(dy + v * w);
+    for (; k + 8 <= stop; k += 8) sddmm_group<T, NV, 8>(d, index + k, x, dvalues + k);
+    if (k + 4 <= stop) {
+      sddmm_group<T, NV, 4>(d, index + k, x, dvalues + k);
+      k += 4;
+    }
+    for (; k < stop; k++) sddmm_group<T, NV, 1>(d, index + k, x, dvalues + k);
+  }
+}
+
+// dbias[r] += sum_s dy[r][s]
+template <class T, int NV>
+void sum_rows(const T* dy, int64_t rows, T* dbias) {
+  constexpr int w = kLanes<T>;
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8, dy += 8 * NV * w) {
+    Vec<T> sum[8];
+    ST_UNROLL
+    for (int g = 0; g < 8; g++) {
+      sum[g] = load<T>(dy + g * NV * w);
+      ST_UNROLL
+      for (int v = 1; v < NV; v++) sum[g] += load<T>(dy + g * NV * w + v * w);
+    }
+    add_sums<T, 8>(sum, dbias + r);
+  }
+  for (; r < rows; r++, dy += NV * w) {
+    Vec<T> sum = load<T>(dy);
+    ST_UNROLL
+    for (int v = 1; v < NV; v++) sum += load<T>(dy + v * w);
+    dbias[r] += sum_lanes<T>(sum);
+  }
+}
+
+}  // namespace
+}  // namespace sparsetrain

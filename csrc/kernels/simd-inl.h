@@ -1,0 +1,241 @@
+// Vectors of the instruction set this translation unit is compiled for. GCC/Clang vector
+// extensions only, so that one source serves SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__AVX512F__)
+#define SPARSETRAIN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SPARSETRAIN_VECTOR_BYTES 32
+#else
+#define SPARSETRAIN_VECTOR_BYTES 16
+#endif
+
+#define ST_INLINE inline __attribute__((always_inline))
+#define ST_UNROLL _Pragma("GCC unroll 16")
+
+namespace sparsetrain {
+namespace {
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(SPARSETRAIN_VECTOR_BYTES), may_alias));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(SPARSETRAIN_VECTOR_BYTES), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = SPARSETRAIN_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// Four vectors of samples make a tile: 8 accumulators with two chains, within 16 registers.
+constexpr int kTileVectors = 4;
+template <class T>
+constexpr int kTileLanes = kTileVectors* kLanes<T>;
+
+template <class T>
+ST_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 keeps -0.0; gcc turns it into one broadcast
+}
+template <class T>
+ST_INLINE Vec<T> load(const T* p) {  // p: aligned to the vector
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+ST_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class T>
+ST_INLINE Vec<T> loadu(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+ST_INLINE void storeu(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// ---- shuffles: stage D of a butterfly over lanes -------------------------------------------
+// lo takes from a the lanes with bit D clear and puts b's beside them; hi the lanes with it set.
+// On 32-bit lanes D == 1 is the in-lane unpack, one instruction everywhere; D == 2 undoes its
+// odd order, so a D=1, D=2 pair is exact for transposes and sums alike.
+template <class T, int D>
+constexpr int lo_index(int i) {
+  constexpr int w = kLanes<T>;
+  if (sizeof(T) == 4 && D == 1) return (i & ~3) + ((i & 2) >> 1) + ((i & 1) ? w : 0);
+  return (i & D) ? w + i - D : i;
+}
+template <class T, int D>
+constexpr int hi_index(int i) {
+  constexpr int w = kLanes<T>;
+  if (sizeof(T) == 4 && D == 1) return lo_index<T, D>(i) + 2;
+  return (i & D) ? w + i : i + D;
+}
+template <class T, int D, int... I>
+ST_INLINE Vec<T> lo_impl(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, lo_index<T, D>(I)...);
+}
+template <class T, int D, int... I>
+ST_INLINE Vec<T> hi_impl(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, hi_index<T, D>(I)...);
+}
+template <class T, int D>
+ST_INLINE Vec<T> lo(Vec<T> a, Vec<T> b) {
+  return lo_impl<T, D>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+template <class T, int D>
+ST_INLINE Vec<T> hi(Vec<T> a, Vec<T> b) {
+  return hi_impl<T, D>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+template <class T, int H, int... I>
+ST_INLINE Vec<T> swap_impl(Vec<T> a, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, a, (I ^ H)...);
+}
+
+// In-place transpose of a square of kLanes<T> vectors.
+template <class T, int D = 1>
+ST_INLINE void transpose(Vec<T>* r) {
+  constexpr int w = kLanes<T>;
+  if constexpr (D < w) {
+    // After the 32-bit unpack rows i and i + 1 hold columns (0, 1) and (2, 3) of a 4 x 4 square,
+    // so the next stage pairs them differently from the plain butterfly.
+    constexpr bool unpacked = sizeof(T) == 4 && D == 2;
+    ST_UNROLL
+    for (int i = 0; i < w; i++) {
+      if (i & D) continue;
+      Vec<T> a = r[i], b = r[i + D];
+      r[i] = lo<T, D>(a, b);
+      r[i + D] = hi<T, D>(a, b);
+    }
+    if constexpr (unpacked) {
+      ST_UNROLL
+      for (int i = 0; i < w; i += 4) {
+        Vec<T> t = r[i + 1];
+        r[i + 1] = r[i + 2];
+        r[i + 2] = t;
+      }
+    }
+    transpose<T, D * 2>(r);
+  }
+}
+
+// Sums over lanes of G vectors at once: returns them in the low lanes of ceil(G / lanes) vectors.
+template <class T, int G, int D = 1>
+ST_INLINE void fold(Vec<T>* a) {
+  constexpr int w = kLanes<T>;
+  if constexpr (D < G && D < w) {
+    ST_UNROLL
+    for (int i = 0; i < G / D / 2; i++) {
+      Vec<T> x = a[2 * i], y = a[2 * i + 1];
+      a[i] = lo<T, D>(x, y) + hi<T, D>(x, y);
+    }
+    fold<T, G, D * 2>(a);
+  } else if constexpr (D < w) {
+    // The 32-bit unpack leaves the partner of lane i at i ^ 2 when only one stage has run.
+    a[0] = a[0] + swap_impl<T, D>(a[0], std::make_integer_sequence<int, w>{});
+    fold<T, G, D * 2>(a);
+  }
+}
+template <class T>
+ST_INLINE T sum_lanes(Vec<T> v) {
+  fold<T, 1>(&v);
+  return v[0];
+}
+// out[i] += sum of the lanes of a[i], i < G
+template <class T, int G>
+ST_INLINE void add_sums(Vec<T>* a, T* out) {
+  fold<T, G>(a);
+  constexpr int w = kLanes<T>;
+  constexpr int n = G < w ? G : w;
+  ST_UNROLL
+  for (int i = 0; i * n < G; i++) {
+    if constexpr (n == w) {
+      storeu<T>(out + i * n, loadu<T>(out + i * n) + a[i]);
+    } else {
+      typedef T Part __attribute__((vector_size(n * sizeof(T)), may_alias));
+      Part part, old;
+      __builtin_memcpy(&part, &a[i], sizeof part);
+      __builtin_memcpy(&old, out + i * n, sizeof old);
+      old += part;
+      __builtin_memcpy(out + i * n, &old, sizeof old);
+    }
+  }
+}
+
+// ---- storage types: widened to the type of the sums on load, rounded to nearest on store -----
+struct bf16 {
+  uint16_t bits;
+};
+template <class S>
+struct SumOf {
+  typedef S type;
+};
+template <>
+struct SumOf<bf16> {
+  typedef float type;
+};
+template <class S>
+using Sum = typename SumOf<S>::type;
+
+ST_INLINE float widen(float x) { return x; }
+ST_INLINE double widen(double x) { return x; }
+ST_INLINE float widen(bf16 x) {
+  uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, sizeof f);
+  return f;
+}
+ST_INLINE void narrow(float x, float* out) { *out = x; }
+ST_INLINE void narrow(double x, double* out) { *out = x; }
+ST_INLINE void narrow(float x, bf16* out) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(nan ? (u >> 16) | 0x40u : rounded);
+}
+
+ST_INLINE Vec<float> load_widened(const float* p) { return loadu<float>(p); }
+ST_INLINE Vec<double> load_widened(const double* p) { return loadu<double>(p); }
+ST_INLINE Vec<float> load_widened(const bf16* p) {
+  float t[kLanes<float>];
+  ST_UNROLL
+  for (int i = 0; i < kLanes<float>; i++) t[i] = widen(p[i]);
+  return loadu<float>(t);
+}
+template <class S>
+ST_INLINE Vec<Sum<S>> load_widened_some(const S* p, int n) {  // zero beyond n
+  Sum<S> t[kLanes<Sum<S>>] = {};
+  for (int i = 0; i < n; i++) t[i] = widen(p[i]);
+  return loadu<Sum<S>>(t);
+}
+template <class S>
+ST_INLINE void store_narrowed(S* p, Vec<Sum<S>> v, int n) {
+  if constexpr (sizeof(S) == sizeof(Sum<S>)) {
+    if (n == kLanes<S>) return storeu<S>(p, v);
+  }
+  Sum<S> t[kLanes<Sum<S>>];
+  storeu<Sum<S>>(t, v);
+  if (n == kLanes<Sum<S>>) {
+    S full[kLanes<Sum<S>>];
+    ST_UNROLL
+    for (int i = 0; i < kLanes<Sum<S>>; i++) narrow(t[i], &full[i]);
+    __builtin_memcpy(p, full, sizeof full);
+    return;
+  }
+  for (int i = 0; i < n; i++) narrow(t[i], p + i);
+}
+
+}  // namespace
+}  // namespace sparsetrain

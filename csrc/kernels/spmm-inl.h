@@ -1,0 +1,67 @@
+// Sparse rows times a packed tile: y[row][..] += sum_k values[k] * x[index[k]][..]
+#pragma once
+
+#include "simd-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// Enough independent sums to cover the latency of an FMA: NV * chains >= 8 on two FMA pipes.
+template <int NV>
+constexpr int kChains = NV >= 3 ? 2 : NV == 2 ? 4 : 8;
+
+// One column block for `rows` consecutive rows.
+//   begin, end: rows entries each; row r's nonzeros inside this block are [begin[r], end[r])
+//   index, values: of the whole pattern (nnz); index < features of the tile
+//   x: tile of all features (see pack-inl.h); y: rows x NV * lanes, aligned
+//   bias: rows entries or null; used when `first`, which starts the sums instead of loading them
+template <class T, int NV, class I>
+void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
+                const I* __restrict index, const T* __restrict values, const T* __restrict x,
+                T* __restrict y, const T* bias, bool first) {
+  constexpr int w = kLanes<T>;
+  constexpr int chains = kChains<NV>;
+  constexpr int64_t width = NV * w;
+  for (int64_t r = 0; r < rows; r++, y += width) {
+    Vec<T> sum[chains][NV];
+    ST_UNROLL
+    for (int h = 0; h < chains; h++) {
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) sum[h][v] = Vec<T>{};
+    }
+    if (!first) {
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) sum[0][v] = load<T>(y + v * w);
+    } else if (bias) {
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) sum[0][v] = broadcast<T>(bias[r]);
+    }
+    int32_t k = begin[r];
+    const int32_t stop = end[r];
+    for (; k + chains <= stop; k += chains) {
+      ST_UNROLL
+      for (int h = 0; h < chains; h++) {
+        const T* p = x + static_cast<int64_t>(index[k + h]) * width;
+        const Vec<T> value = broadcast<T>(values[k + h]);
+        ST_UNROLL
+        for (int v = 0; v < NV; v++) sum[h][v] += value * load<T>(p + v * w);
+      }
+    }
+    for (; k < stop; k++) {
+      const T* p = x + static_cast<int64_t>(index[k]) * width;
+      const Vec<T> value = broadcast<T>(values[k]);
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) sum[0][v] += value * load<T>(p + v * w);
+    }
+    ST_UNROLL
+    for (int h = 1; h < chains; h++) {
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) sum[0][v] += sum[h][v];
+    }
+    ST_UNROLL
+    for (int v = 0; v < NV; v++) store<T>(y + v * w, sum[0][v]);
+  }
+}
+
+}  // namespace
+}  // namespace sparsetrain
