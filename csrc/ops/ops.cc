@@ -1,0 +1,331 @@
+// The operators torch.ops.sparsetrain.*: check, unpack, allocate, call a kernel. No loops over data.
+// Built on torch's stable ABI, so that one library serves every Python and every torch since 2.10.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+#include "plan_registry.h"
+
+namespace sparsetrain {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- errors -------------------------------------------------------------------------------------
+
+template <typename... Parts>
+void require(bool ok, const char* op, const Parts&... parts) {
+  if (__builtin_expect(ok, true)) return;
+  std::ostringstream message;
+  message << "sparsetrain::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ")";
+  return text.str();
+}
+
+// ---- arguments ----------------------------------------------------------------------------------
+
+constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
+
+void check_layout(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  require(t.is_cpu(), op, name, " is on another device; the kernels take CPU tensors: ", name,
+          ".cpu()");
+  if (t.dim() != dim) {
+    require(false, op, name, " must have ", dim, dim == 1 ? " dimension" : " dimensions",
+            ", got shape ", shape_of(t));
+  }
+}
+
+void check_floats(const char* op, const char* name, const Tensor& t, int64_t dim,
+                  const char* like_name, ScalarType like) {
+  check_layout(op, name, t, dim);
+  const ScalarType got = t.scalar_type();
+  if (got != like) {
+    require(false, op, name, " is ", torch::headeronly::toString(got), " but ", like_name, " is ",
+            torch::headeronly::toString(like), "; they must have the same dtype");
+  }
+}
+
+void check_indices(const char* op, const char* name, const Tensor& t) {
+  check_layout(op, name, t, 1);
+  require(t.scalar_type() == ScalarType::Int, op, name, " must be int32, got ",
+          torch::headeronly::toString(t.scalar_type()));
+  require(t.is_contiguous(), op, name, " must be contiguous, got stride ", t.stride(0));
+  require(t.size(0) <= kMaxIndex, op, name, " has ", t.size(0),
+          " entries, more than int32 indices can count (", kMaxIndex, ")");
+}
+
+void check_pattern_tensors(const char* op, const Tensor& crow, const Tensor& col, int64_t cols) {
+  check_indices(op, "crow", crow);
+  check_indices(op, "col", col);
+  require(crow.size(0) >= 1, op, "crow must have rows + 1 entries, got none");
+  require(cols >= 0 && cols <= kMaxIndex, op, "the pattern must have 0 to ", kMaxIndex,
+          " columns, got ", cols);
+}
+
+void check_length(const char* op, const char* name, int64_t got, const char* what,
+                  int64_t expected) {
+  require(got == expected, op, name, " has ", got, " entries, expected ", expected, " (", what,
+          ")");
+}
+
+DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      require(false, op, name, " must be float32, float64 or bfloat16, got ",
+              torch::headeronly::toString(t.scalar_type()));
+      return DType::f32;
+  }
+}
+
+Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Rows may be any distance apart, if they do not overlap; anything else is copied. The result holds
+// the memory that matrix_view() points into.
+Tensor with_unit_inner_stride(const Tensor& t) {
+  const bool fits = (t.size(1) <= 1 || t.stride(1) == 1) &&
+                    (t.size(0) <= 1 || t.stride(0) >= t.size(1));
+  return fits ? t : torch::stable::contiguous(t);
+}
+
+Matrix matrix_view(const Tensor& t) {
+  return Matrix{t.const_data_ptr(), t.size(0), t.size(1), t.stride(0)};
+}
+
+std::shared_ptr<const PlanEntry> plan_for(const char* op, const Tensor& key, const Tensor& crow,
+                                          const Tensor& col, int64_t cols) {
+  check_pattern_tensors(op, crow, col, cols);
+  check_layout(op, "key", key, 1);
+  require(key.scalar_type() == ScalarType::Long && key.size(0) == 1, op,
+          "key must be one int64 number, got ", torch::headeronly::toString(key.scalar_type()),
+          " of shape ", shape_of(key));
+  const int64_t id = *static_cast<const int64_t*>(key.const_data_ptr());
+  require(id > 0, op, "key must hold a positive number, got ", id);
+  return find_or_build_plan(id, crow, col, cols);
+}
+
+// ---- results and threads ------------------------------------------------------------------------
+
+// Uninitialised and contiguous. Straight to the allocator: through the dispatcher it costs more
+// than a small kernel.
+Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
+  const int64_t strides[2] = {dim == 2 ? sizes[1] : 1, 1};
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_vector(const Tensor& like, int64_t n) { return empty_like_dtype(like, 1, &n); }
+
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[2] = {rows, cols};
+  return empty_like_dtype(like, 2, sizes);
+}
+
+void run_on_torch_threads(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+  if (n <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(ctx, i);
+    return;
+  }
+  torch::stable::parallel_for(0, n, 1, [body, ctx](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(ctx, i);
+  });
+}
+
+Parallel torch_threads() {
+  return Parallel{run_on_torch_threads, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+std::string isas_available() {
+  std::string names;
+  for (const KernelTable* const* t = kKernelTables; *t && (*t)->isa; ++t) {
+    if ((*t)->supported()) names += (names.empty() ? "" : ",") + std::string((*t)->isa);
+  }
+  return names;
+}
+
+// Chosen once per process; null where SPARSETRAIN_ISA names nothing that this CPU can run.
+const KernelTable* chosen_kernels() {
+  static const KernelTable* const table = select_kernels(std::getenv("SPARSETRAIN_ISA"));
+  return table;
+}
+
+const KernelTable& kernels(const char* op) {
+  const KernelTable* const table = chosen_kernels();
+  require(table != nullptr, op, "SPARSETRAIN_ISA names an instruction set that is unknown here; ",
+          "choose one of ", isas_available(), " or unset it");
+  return *table;
+}
+
+// ---- operators ----------------------------------------------------------------------------------
+
+// x (B, in), values (nnz), bias (out)? -> (B, out)
+Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
+              const Tensor& crow, const Tensor& col, const Tensor& key) {
+  constexpr const char* op = "linear";
+  check_layout(op, "values", values, 1);
+  const DType dtype = dtype_of(op, "values", values);
+  const ScalarType scalar = values.scalar_type();
+  check_floats(op, "x", x, 2, "values", scalar);
+  const auto entry = plan_for(op, key, crow, col, x.size(1));
+  const int64_t out = entry->pattern().rows;
+  check_length(op, "values", values.size(0), "nonzeros of the pattern", entry->pattern().nnz);
+  if (bias) {
+    check_floats(op, "bias", *bias, 1, "values", scalar);
+    check_length(op, "bias", bias->size(0), "rows of the pattern", out);
+  }
+
+  const Tensor x_rows = with_unit_inner_stride(x);
+  const Tensor values_c = as_contiguous(values);
+  const std::optional<Tensor> bias_c = bias ? std::make_optional(as_contiguous(*bias)) : std::nullopt;
+  const Tensor y = empty_matrix(values, x.size(0), out);
+  if (x.size(0) == 0 || out == 0) return y;
+  kernels(op).linear_forward({dtype, entry->plan(), matrix_view(x_rows), values_c.const_data_ptr(),
+                              bias_c ? bias_c->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                              torch_threads()});
+  return y;
+}
+
+// grad (B, out), values (nnz) -> (B, in)
+Tensor linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& crow,
+                         const Tensor& col, const Tensor& key, int64_t in_features) {
+  constexpr const char* op = "linear_grad_input";
+  check_layout(op, "values", values, 1);
+  const DType dtype = dtype_of(op, "values", values);
+  check_floats(op, "grad", grad, 2, "values", values.scalar_type());
+  const auto entry = plan_for(op, key, crow, col, in_features);
+  check_length(op, "values", values.size(0), "nonzeros of the pattern", entry->pattern().nnz);
+  check_length(op, "each row of grad", grad.size(1), "rows of the pattern", entry->pattern().rows);
+
+  const Tensor grad_rows = with_unit_inner_stride(grad);
+  const Tensor values_c = as_contiguous(values);
+  const Tensor dx = empty_matrix(values, grad.size(0), in_features);
+  if (grad.size(0) == 0 || in_features == 0) return dx;
+  kernels(op).linear_grad_input({dtype, entry->plan(), matrix_view(grad_rows),
+                                 values_c.const_data_ptr(), dx.mutable_data_ptr(),
+                                 torch_threads()});
+  return dx;
+}
+
+// grad (B, out), x (B, in) -> (nnz), (out) or (0)
+std::tuple<Tensor, Tensor> linear_grad_values(const Tensor& grad, const Tensor& x,
+                                              const Tensor& crow, const Tensor& col,
+                                              const Tensor& key, bool bias) {
+  constexpr const char* op = "linear_grad_values";
+  check_layout(op, "x", x, 2);
+  const DType dtype = dtype_of(op, "x", x);
+  check_floats(op, "grad", grad, 2, "x", x.scalar_type());
+  check_length(op, "grad", grad.size(0), "rows of x", x.size(0));
+  const auto entry = plan_for(op, key, crow, col, x.size(1));
+  const int64_t out = entry->pattern().rows;
+  check_length(op, "each row of grad", grad.size(1), "rows of the pattern", out);
+
+  const Tensor grad_rows = with_unit_inner_stride(grad);
+  const Tensor x_rows = with_unit_inner_stride(x);
+  const Tensor dvalues = empty_vector(x, entry->pattern().nnz);
+  const Tensor dbias = empty_vector(x, bias ? out : 0);
+  if (out == 0) return {dvalues, dbias};
+  kernels(op).linear_grad_values({dtype, entry->plan(), matrix_view(grad_rows),
+                                  matrix_view(x_rows), dvalues.mutable_data_ptr(),
+                                  bias ? dbias.mutable_data_ptr() : nullptr, torch_threads()});
+  return {dvalues, dbias};
+}
+
+std::tuple<int64_t, int64_t> check_pattern_op(const Tensor& crow, const Tensor& col, int64_t cols) {
+  check_pattern_tensors("check_pattern", crow, col, cols);
+  const PatternCheck found = check_pattern(pattern_view(crow, col, cols));
+  return {static_cast<int64_t>(found.fault), found.where};
+}
+
+std::tuple<Tensor, Tensor, Tensor> transpose_pattern_op(const Tensor& crow, const Tensor& col,
+                                                        int64_t cols) {
+  check_pattern_tensors("transpose_pattern", crow, col, cols);
+  const Pattern pattern = pattern_view(crow, col, cols);
+  require_valid(pattern);
+  const Tensor tcrow = empty_vector(crow, cols + 1);
+  const Tensor tcol = empty_vector(crow, pattern.nnz);
+  const Tensor perm = empty_vector(crow, pattern.nnz);
+  transpose_pattern(pattern, static_cast<int32_t*>(tcrow.mutable_data_ptr()),
+                    static_cast<int32_t*>(tcol.mutable_data_ptr()),
+                    static_cast<int32_t*>(perm.mutable_data_ptr()));
+  return {tcrow, tcol, perm};
+}
+
+int64_t plan_bytes_op(const Tensor& key) {
+  check_layout("plan_bytes", "key", key, 1);
+  require(key.scalar_type() == ScalarType::Long && key.size(0) == 1, "plan_bytes",
+          "key must be one int64 number, got shape ", shape_of(key));
+  return cached_plan_bytes(*static_cast<const int64_t*>(key.const_data_ptr()));
+}
+
+// "<chosen>;<available, best first>;<compiler>": an empty first field means that SPARSETRAIN_ISA
+// cannot be obeyed.
+std::string native_info() {
+  const KernelTable* const table = chosen_kernels();
+  return std::string(table ? table->isa : "") + ";" + isas_available() + ";" + __VERSION__;
+}
+
+}  // namespace
+}  // namespace sparsetrain
+
+STABLE_TORCH_LIBRARY(sparsetrain, m) {
+  m.def(
+      "linear(Tensor x, Tensor values, Tensor? bias, Tensor crow, Tensor col, Tensor key) "
+      "-> Tensor");
+  m.def(
+      "linear_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor key, "
+      "int in_features) -> Tensor");
+  m.def(
+      "linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor key, bool bias) "
+      "-> (Tensor, Tensor)");
+  m.def("check_pattern(Tensor crow, Tensor col, int cols) -> (int fault, int where)");
+  m.def(
+      "transpose_pattern(Tensor crow, Tensor col, int cols) "
+      "-> (Tensor tcrow, Tensor tcol, Tensor perm)");
+  m.def("plan_bytes(Tensor key) -> int");
+  m.def("forget_plan(int key) -> ()");
+  m.def("native_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
+  m.impl("linear", TORCH_BOX(&sparsetrain::linear));
+  m.impl("linear_grad_input", TORCH_BOX(&sparsetrain::linear_grad_input));
+  m.impl("linear_grad_values", TORCH_BOX(&sparsetrain::linear_grad_values));
+  m.impl("check_pattern", TORCH_BOX(&sparsetrain::check_pattern_op));
+  m.impl("transpose_pattern", TORCH_BOX(&sparsetrain::transpose_pattern_op));
+  m.impl("plan_bytes", TORCH_BOX(&sparsetrain::plan_bytes_op));
+}
+
+// No tensor argument, hence no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CompositeExplicitAutograd, m) {
+  m.impl("forget_plan", TORCH_BOX(&sparsetrain::forget_plan));
+  m.impl("native_info", TORCH_BOX(&sparsetrain::native_info));
+}

@@ -1,0 +1,118 @@
+"""Loads the compiled library and says what it runs on.
+
+Importing this module registers ``torch.ops.sparsetrain.*``. Nothing else in the package loads the
+library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_REBUILD = "pip install --no-build-isolation -e . (in a checkout) or pip install sparsetrain"
+
+
+def _library_path() -> Path:
+    """Where ``sparsetrain/_C.so`` lies: beside this file, or where an editable install put it."""
+    spec = importlib.util.find_spec("sparsetrain._C")
+    path = Path(spec.origin) if spec is not None and spec.origin else None
+    if path is None or not path.exists():
+        raise ImportError(
+            "sparsetrain's compiled library sparsetrain/_C.so is missing beside "
+            f"{Path(__file__).parent}. Build it: {_REBUILD}"
+        )
+    return path
+
+
+def _load() -> Path:
+    path = _library_path()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"sparsetrain's compiled library {path} does not load with torch "
+            f"{torch.__version__} (it needs torch >= 2.10): {error}. Build it again: {_REBUILD}"
+        ) from error
+    return path
+
+
+def _native_info() -> tuple[str, tuple[str, ...], str]:
+    """(instruction set in use, those this CPU supports, compiler)."""
+    chosen, available, compiler = torch.ops.sparsetrain.native_info().split(";", 2)
+    choices = tuple(available.split(","))
+    if not chosen:
+        asked = os.environ.get("SPARSETRAIN_ISA", "")
+        raise ValueError(
+            f"SPARSETRAIN_ISA={asked!r} is not an instruction set that sparsetrain has kernels for "
+            f"and this CPU supports. Set it to one of {', '.join(choices)}, or unset it to get "
+            f"the best one ({choices[0]})."
+        )
+    return chosen, choices, compiler
+
+
+_PATH = _load()
+_ISA, _ISAS_AVAILABLE, _COMPILER = _native_info()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _cpu_model() -> str:
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _caches() -> dict[str, str]:
+    """Size of each data cache that the first core sees, as the kernel writes it: {"L2": "1024K"}."""
+    caches: dict[str, str] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, size = _read(folder / "level"), _read(folder / "size")
+        if level and size and _read(folder / "type") != "Instruction":
+            caches[f"L{level}"] = size
+    return caches
+
+
+def _version() -> str:
+    try:
+        return metadata.version("sparsetrain")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def info() -> dict[str, Any]:
+    """What a bug report or a benchmark needs to say about the machine and the build.
+
+    Returns a dict of plain values: ``isa`` (kernels in use), ``isas_available`` (best first),
+    ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (torch's, now),
+    ``library`` (path), ``compiler`` and ``versions``.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "isa": _ISA,
+        "isas_available": list(_ISAS_AVAILABLE),
+        "cpu_model": _cpu_model(),
+        "cpu_count": cores,
+        "caches": _caches(),
+        "threads": torch.get_num_threads(),
+        "library": str(_PATH),
+        "compiler": _COMPILER,
+        "versions": {
+            "sparsetrain": _version(),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        },
+    }
