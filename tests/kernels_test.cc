@@ -1,0 +1,531 @@
+// Every kernel of every instruction set that this CPU supports, against reference.h.
+//   kernels_test           all shapes
+//   kernels_test --quick   without the largest ones (for emulators and sanitizers)
+// Needs no torch. Prints each failure and a closing line; returns 1 if anything failed.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "reference.h"
+
+namespace {
+
+using namespace sparsetrain;
+
+// ---- counting -----------------------------------------------------------------------------------
+
+int64_t passed = 0, failed = 0;
+double worst[3] = {0, 0, 0};  // per dtype: largest |error| / bound of a passed comparison
+
+bool check(bool ok, const std::string& what) {
+  if (ok) {
+    passed++;
+  } else if (++failed <= 50) {
+    std::printf("FAILED  %s\n", what.c_str());
+  }
+  return ok;
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::f32 ? "f32" : dtype == DType::f64 ? "f64" : "bf16";
+}
+size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
+
+// ---- random numbers and memory ------------------------------------------------------------------
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }  // [0, 1)
+};
+
+uint16_t round_to_bf16(double exact) {
+  const float x = static_cast<float>(exact);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t low = bits & 0xffffu;
+  bits >>= 16;
+  if (low > 0x8000u || (low == 0x8000u && (bits & 1))) bits++;
+  return static_cast<uint16_t>(bits);
+}
+
+void write(DType dtype, void* data, int64_t i, double value) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+  } else if (dtype == DType::f64) {
+    static_cast<double*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] = round_to_bf16(value);
+  }
+}
+
+// An array that starts one element off every vector boundary, ends where its heap block ends (so
+// that an address sanitizer sees the first byte read behind it), and is null where it is empty,
+// as an empty tensor is.
+class Input {
+ public:
+  Input(DType dtype, int64_t count) : bytes_((count + 1) * size_of(dtype)) {
+    memory_.reset(new (std::align_val_t(64)) unsigned char[bytes_]);
+    data_ = count ? memory_.get() + size_of(dtype) : nullptr;
+  }
+  void* data() const { return data_; }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  size_t bytes_;
+  std::unique_ptr<unsigned char[], Free> memory_;
+  void* data_;
+};
+
+// An array between guards, one element off every vector boundary, holding garbage (NaN).
+class Output {
+ public:
+  Output(DType dtype, int64_t count)
+      : front_(kGuard + size_of(dtype)),
+        bytes_(count * size_of(dtype)),
+        memory_(front_ + bytes_ + kGuard, 0xff) {}
+  void* data() { return bytes_ ? memory_.data() + front_ : nullptr; }
+  const void* data() const { return memory_.data() + front_; }
+  size_t bytes() const { return bytes_; }
+  bool guards_intact() const {
+    for (size_t i = 0; i < memory_.size(); i++)
+      if ((i < front_ || i >= front_ + bytes_) && memory_[i] != 0xff) return false;
+    return true;
+  }
+  bool same_bytes(const Output& other) const {
+    return bytes_ == other.bytes_ && (!bytes_ || !std::memcmp(data(), other.data(), bytes_));
+  }
+
+ private:
+  static constexpr size_t kGuard = 256;
+  size_t front_, bytes_;
+  std::vector<unsigned char> memory_;
+};
+
+enum class Fill { signed_uniform, small_integers };
+
+void fill(Random* random, Fill kind, DType dtype, void* data, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    const double u = random->uniform();
+    const double v = kind == Fill::small_integers ? static_cast<int>(u * 9) - 4 : 2 * u - 1;
+    write(dtype, data, i, v);
+  }
+}
+
+std::shared_ptr<Input> random_array(Random* random, Fill kind, DType dtype, int64_t count) {
+  auto array = std::make_shared<Input>(dtype, count);
+  fill(random, kind, dtype, array->data(), 0, count);
+  return array;
+}
+
+// rows x cols with `gap` elements between rows, which hold NaN: no result may depend on them.
+struct RandomMatrix {
+  RandomMatrix(Random* random, Fill kind, DType dtype, int64_t rows, int64_t cols, int64_t gap)
+      : input(dtype, rows ? (rows - 1) * (cols + gap) + cols : 0),
+        view{input.data(), rows, cols, cols + gap} {
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t at = r * (cols + gap);
+      fill(random, kind, dtype, input.data(), at, at + cols);
+      for (int64_t g = 0; g < gap && r + 1 < rows; g++)
+        write(dtype, input.data(), at + cols + g, std::numeric_limits<double>::quiet_NaN());
+    }
+    if (rows == 1) view.row_stride = gap ? 0 : 987654321;  // one row: any stride is fine
+  }
+  Input input;
+  Matrix view;
+};
+
+// ---- patterns -----------------------------------------------------------------------------------
+
+struct TestPattern {
+  // Every second row is empty if `gaps`. Density 1 gives a full row.
+  TestPattern(Random* random, int64_t rows, int64_t cols, double density, bool gaps) {
+    crow.push_back(0);
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t c = 0; c < cols && !(gaps && r % 2 == 0); c++)
+        if (random->uniform() < density) col.push_back(static_cast<int32_t>(c));
+      crow.push_back(static_cast<int32_t>(col.size()));
+    }
+    finish(cols);
+  }
+  TestPattern(std::vector<int32_t> crow, std::vector<int32_t> col, int64_t cols)
+      : crow(std::move(crow)), col(std::move(col)) {
+    finish(cols);
+  }
+  void finish(int64_t cols) {
+    crow.shrink_to_fit();
+    col.shrink_to_fit();
+    view = {static_cast<int64_t>(crow.size()) - 1, cols, static_cast<int64_t>(col.size()),
+            crow.data(), col.empty() ? nullptr : col.data()};
+  }
+  std::vector<int32_t> crow, col;
+  Pattern view;
+};
+
+struct PlanDeleter {
+  void operator()(Plan* plan) const { plan_destroy(plan); }
+};
+using PlanPtr = std::unique_ptr<Plan, PlanDeleter>;
+PlanPtr make_plan(const TestPattern& pattern) { return PlanPtr(plan_create(pattern.view)); }
+
+// ---- ways to run in parallel --------------------------------------------------------------------
+
+void run_in_order(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+  for (int64_t i = 0; i < n; i++) body(ctx, i);
+}
+void run_in_reverse(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+  for (int64_t i = n - 1; i >= 0; i--) body(ctx, i);
+}
+void run_on_threads(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < n; i++) threads.emplace_back(body, ctx, i);
+  if (n) body(ctx, 0);
+  for (std::thread& thread : threads) thread.join();
+}
+constexpr Parallel kSerial{run_in_order, 1};
+constexpr Parallel kReversed{run_in_reverse, 3};
+constexpr Parallel kThreaded{run_on_threads, 3};
+
+// ---- comparisons --------------------------------------------------------------------------------
+
+// Sums in float (f32, bf16) or double, rounded once more to the storage type. The constant covers
+// sums of up to some hundred terms in any order; the closing lines print how much of it is used.
+double bound(DType dtype, const reference::Sum& expected) {
+  constexpr double kConstant = 8;
+  const double eps = dtype == DType::f64 ? std::numeric_limits<double>::epsilon()
+                                         : double{std::numeric_limits<float>::epsilon()};
+  const double rounding = dtype == DType::bf16 ? 0x1p-8 * std::fabs(expected.value) : 0;
+  return kConstant * eps * expected.magnitude + rounding;
+}
+
+// The first element that is wrong, or -1.
+int64_t first_wrong(DType dtype, Fill kind, const std::vector<reference::Sum>& expected,
+                    const void* got) {
+  for (size_t i = 0; i < expected.size(); i++) {
+    const double value = reference::read(dtype, got, i);
+    if (kind == Fill::small_integers) {
+      double exact;  // every sum is exact in float: only the store may round
+      write(dtype, &exact, 0, expected[i].value);
+      if (!(value == reference::read(dtype, &exact, 0))) return i;
+      continue;
+    }
+    const double error = std::fabs(value - expected[i].value), limit = bound(dtype, expected[i]);
+    if (!(error <= limit)) return i;
+    double& seen = worst[static_cast<int>(dtype)];
+    if (limit > 0 && error / limit > seen) seen = error / limit;
+  }
+  return -1;
+}
+
+struct Case {
+  const KernelTable* table;
+  DType dtype;
+  Fill kind;
+  std::string shape;
+  std::string text(const char* op) const {
+    return std::string(op) + " " + table->isa + " " + name_of(dtype) + " " + shape +
+           (kind == Fill::small_integers ? " integers" : "");
+  }
+};
+
+// Runs `launch(output, parallel)` serially, compares it, then demands the same bytes in parallel.
+void check_kernel(const Case& c, const char* op, const std::vector<reference::Sum>& expected,
+                  bool with_threads, const std::function<void(void*, const Parallel&)>& launch) {
+  const int64_t count = static_cast<int64_t>(expected.size());
+  Output serial(c.dtype, count);
+  launch(serial.data(), kSerial);
+  check(serial.guards_intact(), c.text(op) + ": wrote outside of its output");
+  const int64_t wrong = first_wrong(c.dtype, c.kind, expected, serial.data());
+  if (!check(wrong < 0, c.text(op))) {
+    std::printf("        element %lld of %lld: got %.9g, expected %.9g +- %.3g\n",
+                static_cast<long long>(wrong), static_cast<long long>(count),
+                reference::read(c.dtype, serial.data(), wrong), expected[wrong].value,
+                bound(c.dtype, expected[wrong]));
+  }
+  for (const Parallel& parallel : {kReversed, kThreaded}) {
+    if (parallel.run == run_on_threads && !with_threads) continue;
+    Output other(c.dtype, count);
+    launch(other.data(), parallel);
+    check(other.guards_intact() && other.same_bytes(serial),
+          c.text(op) + ": 3 threads give another result than 1");
+  }
+}
+
+// ---- all operators on one shape -----------------------------------------------------------------
+
+struct Shape {
+  const TestPattern& pattern;
+  const Plan* plan;
+  int64_t batch, gap;
+  std::string name;
+};
+
+void test_linear(const Shape& s, DType dtype, Fill kind, Random* random) {
+  const Pattern& p = s.pattern.view;
+  const RandomMatrix x(random, kind, dtype, s.batch, p.cols, s.gap);
+  const RandomMatrix dy(random, kind, dtype, s.batch, p.rows, 2 * s.gap);
+  const auto values = random_array(random, kind, dtype, p.nnz);
+  const auto bias = random_array(random, kind, dtype, p.rows);
+  const auto y = reference::linear_forward(dtype, p, x.view, values->data(), bias->data());
+  const auto y0 = reference::linear_forward(dtype, p, x.view, values->data(), nullptr);
+  const auto dx = reference::linear_grad_input(dtype, p, dy.view, values->data());
+  const auto dvalues = reference::linear_grad_values(dtype, p, dy.view, x.view);
+  const auto dbias = reference::linear_grad_bias(dtype, dy.view);
+  const bool threads = kind == Fill::signed_uniform && p.nnz * s.batch > 200000;
+
+  for (const KernelTable* const* t = kKernelTables; *t; t++) {
+    if (!(*t)->supported()) continue;
+    const Case c{*t, dtype, kind, s.name};
+    check_kernel(c, "forward", y, threads, [&](void* out, const Parallel& parallel) {
+      (*t)->linear_forward(
+          {dtype, s.plan, x.view, values->data(), bias->data(), out, parallel});
+    });
+    check_kernel(c, "forward_no_bias", y0, false, [&](void* out, const Parallel& parallel) {
+      (*t)->linear_forward({dtype, s.plan, x.view, values->data(), nullptr, out, parallel});
+    });
+    check_kernel(c, "grad_input", dx, threads, [&](void* out, const Parallel& parallel) {
+      (*t)->linear_grad_input({dtype, s.plan, dy.view, values->data(), out, parallel});
+    });
+    check_kernel(c, "grad_values", dvalues, threads, [&](void* out, const Parallel& parallel) {
+      (*t)->linear_grad_values({dtype, s.plan, dy.view, x.view, out, nullptr, parallel});
+    });
+    if (!p.rows) continue;
+    check_kernel(c, "grad_bias", dbias, threads, [&](void* out, const Parallel& parallel) {
+      Output unused(dtype, p.nnz);
+      (*t)->linear_grad_values({dtype, s.plan, dy.view, x.view, unused.data(), out, parallel});
+    });
+  }
+}
+
+void test_shape(const TestPattern& pattern, const char* what, bool all_batches, Random* random) {
+  const PlanPtr plan = make_plan(pattern);
+  for (int64_t batch : {0, 1, 7, 15, 16, 17, 63, 64, 65, 130}) {
+    if (!all_batches && batch != 1 && batch != 17 && batch != 130) continue;
+    const int64_t gap = batch % 2 ? 3 : 0;
+    const Shape shape{pattern, plan.get(), batch, gap,
+                      std::to_string(pattern.view.rows) + "x" + std::to_string(pattern.view.cols) +
+                          " " + what + " batch " + std::to_string(batch)};
+    for (DType dtype : {DType::f32, DType::f64, DType::bf16}) {
+      test_linear(shape, dtype, Fill::signed_uniform, random);
+      if (batch == 17) test_linear(shape, dtype, Fill::small_integers, random);
+    }
+  }
+}
+
+void all_shapes(bool quick) {
+  Random random{1};
+  for (int64_t rows : {0, 1, 3, 16, 17, 200, 400}) {
+    for (int64_t cols : {0, 1, 3, 16, 17, 200, 400}) {
+      const bool large = rows * cols >= 40000;
+      if (large && quick && rows + cols != 600) continue;
+      test_shape(TestPattern(&random, rows, cols, 0.0, false), "no_nonzeros", !large, &random);
+      test_shape(TestPattern(&random, rows, cols, 0.1, true), "empty_rows", !large, &random);
+      test_shape(TestPattern(&random, rows, cols, 0.5, false), "half", !large, &random);
+      if (!(large && quick))
+        test_shape(TestPattern(&random, rows, cols, 1.0, false), "full", !large, &random);
+    }
+  }
+  // Several column blocks on either side.
+  test_shape(TestPattern(&random, 130, 1100, 0.05, false), "many_columns", false, &random);
+  test_shape(TestPattern(&random, 1100, 130, 0.05, false), "many_rows", false, &random);
+}
+
+// Row numbers that need more than 16 bits, and columns at both ends.
+void more_rows_than_16_bits() {
+  Random random{2};
+  const int64_t rows = 65537 + 20;
+  std::vector<int32_t> crow(rows + 1, 0), col;
+  for (int64_t r = 0; r < rows; r++) {
+    if (r < 3 || r % 1000 == 1 || r >= 65530) {
+      col.push_back(0);
+      col.push_back(static_cast<int32_t>(1 + r % 7));
+    }
+    crow[r + 1] = static_cast<int32_t>(col.size());
+  }
+  const TestPattern pattern(std::move(crow), std::move(col), 8);
+  const PlanPtr plan = make_plan(pattern);
+  test_linear({pattern, plan.get(), 3, 0, "65557x8 batch 3"}, DType::f32, Fill::signed_uniform,
+              &random);
+}
+
+// ---- single properties --------------------------------------------------------------------------
+
+// NaN and infinity in one sample stay in that sample, and reach every result they should.
+void non_finite_samples_stay_alone() {
+  Random random{3};
+  const TestPattern pattern(&random, 40, 30, 1.0, false);
+  const Pattern& p = pattern.view;
+  const PlanPtr plan = make_plan(pattern);
+  const int64_t batch = 21, bad = 18;
+  for (DType dtype : {DType::f32, DType::f64, DType::bf16}) {
+    RandomMatrix x(&random, Fill::signed_uniform, dtype, batch, p.cols, 0);
+    RandomMatrix dy(&random, Fill::signed_uniform, dtype, batch, p.rows, 0);
+    const auto values = random_array(&random, Fill::signed_uniform, dtype, p.nnz);
+    write(dtype, x.input.data(), bad * p.cols + 29, std::numeric_limits<double>::infinity());
+    write(dtype, dy.input.data(), bad * p.rows + 39, std::numeric_limits<double>::infinity());
+    for (const KernelTable* const* t = kKernelTables; *t; t++) {
+      if (!(*t)->supported()) continue;
+      Output y(dtype, batch * p.rows), dx(dtype, batch * p.cols);
+      (*t)->linear_forward({dtype, plan.get(), x.view, values->data(), nullptr, y.data(), kSerial});
+      (*t)->linear_grad_input({dtype, plan.get(), dy.view, values->data(), dx.data(), kSerial});
+      bool ok = true;
+      for (int64_t i = 0; i < batch * p.rows; i++)
+        ok &= std::isfinite(reference::read(dtype, y.data(), i)) == (i / p.rows != bad);
+      for (int64_t i = 0; i < batch * p.cols; i++)
+        ok &= std::isfinite(reference::read(dtype, dx.data(), i)) == (i / p.cols != bad);
+      check(ok, std::string("non_finite_samples_stay_alone ") + (*t)->isa + " " + name_of(dtype));
+    }
+  }
+}
+
+// Two threads may use one new plan at once.
+void a_plan_is_shared_between_threads() {
+  Random random{4};
+  const TestPattern pattern(&random, 60, 50, 0.3, false);
+  const Pattern& p = pattern.view;
+  const RandomMatrix dy(&random, Fill::signed_uniform, DType::f32, 5, p.rows, 0);
+  const auto values = random_array(&random, Fill::signed_uniform, DType::f32, p.nnz);
+  const KernelTable* table = select_kernels(nullptr);
+  for (int repeat = 0; repeat < 20; repeat++) {
+    const PlanPtr plan = make_plan(pattern);
+    Output a(DType::f32, 5 * p.cols), b(DType::f32, 5 * p.cols);
+    auto call = [&](Output* out) {
+      table->linear_grad_input(
+          {DType::f32, plan.get(), dy.view, values->data(), out->data(), kSerial});
+    };
+    std::thread other(call, &b);
+    call(&a);
+    other.join();
+    check(a.same_bytes(b), "a_plan_is_shared_between_threads");
+  }
+}
+
+void faults_are_found() {
+  struct Fault {
+    std::vector<int32_t> crow, col;
+    int64_t cols;
+    PatternFault fault;
+    int64_t where;
+  };
+  const Fault faults[] = {
+      {{0, 2, 2, 4}, {0, 3, 1, 2}, 4, PatternFault::none, 0},
+      {{0}, {}, 4, PatternFault::none, 0},
+      {{0, 0, 0}, {}, 0, PatternFault::none, 0},
+      {{1, 2, 2, 4}, {0, 3, 1, 2}, 4, PatternFault::crow_start, 0},
+      {{0, 3, 2, 4}, {0, 1, 2, 3}, 4, PatternFault::crow_decreasing, 1},
+      {{0, 9, 2, 4}, {0, 1, 2, 3}, 4, PatternFault::crow_decreasing, 1},
+      {{0, -1, 2, 4}, {0, 1, 2, 3}, 4, PatternFault::crow_decreasing, 0},
+      {{0, 2, 2, 3}, {0, 3, 1, 2}, 4, PatternFault::crow_end, 3},
+      {{0, 2, 2, 5}, {0, 3, 1, 2}, 4, PatternFault::crow_end, 3},
+      {{0, 2, 2, 4}, {0, 3, 1, 4}, 4, PatternFault::col_out_of_range, 3},
+      {{0, 2, 2, 4}, {-1, 3, 1, 2}, 4, PatternFault::col_out_of_range, 0},
+      {{0, 2, 2, 4}, {3, 0, 1, 2}, 4, PatternFault::col_unsorted, 1},
+      {{0, 2, 2, 4}, {0, 3, 2, 2}, 4, PatternFault::col_duplicate, 3},
+  };
+  for (const Fault& f : faults) {
+    const TestPattern pattern(f.crow, f.col, f.cols);
+    const PatternCheck found = check_pattern(pattern.view);
+    check(found.fault == f.fault && (f.fault == PatternFault::none || found.where == f.where),
+          "faults_are_found: expected fault " + std::to_string(static_cast<int>(f.fault)) +
+              " at " + std::to_string(f.where) + ", got " +
+              std::to_string(static_cast<int>(found.fault)) + " at " +
+              std::to_string(found.where));
+  }
+}
+
+void transpose_is_an_involution() {
+  Random random{5};
+  for (int64_t rows : {0, 1, 17, 90}) {
+    for (int64_t cols : {0, 1, 16, 70}) {
+      const TestPattern pattern(&random, rows, cols, 0.3, true);
+      const Pattern& p = pattern.view;
+      std::vector<int32_t> tcrow(cols + 1), tcol(p.nnz), perm(p.nnz);
+      transpose_pattern(p, tcrow.data(), tcol.data(), perm.data());
+      bool ok = true;
+      const Pattern t{cols, rows, p.nnz, tcrow.data(), tcol.data()};
+      ok &= check_pattern(t).fault == PatternFault::none;
+      std::vector<int64_t> row_of(p.nnz);
+      reference::for_each_nonzero(p, [&](int64_t r, int64_t, int64_t k) { row_of[k] = r; });
+      reference::for_each_nonzero(t, [&](int64_t c, int64_t r, int64_t k) {
+        ok &= p.col[perm[k]] == c && row_of[perm[k]] == r;
+      });
+      std::vector<int32_t> crow(rows + 1), col(p.nnz), back(p.nnz);
+      transpose_pattern(t, crow.data(), col.data(), back.data());
+      ok &= crow == pattern.crow && col == pattern.col;
+      for (int64_t k = 0; k < p.nnz; k++) ok &= perm[back[k]] == k;
+      check(ok, "transpose_is_an_involution " + std::to_string(rows) + "x" + std::to_string(cols));
+    }
+  }
+}
+
+void instruction_sets_are_chosen_by_name() {
+  const KernelTable* first = nullptr;
+  for (const KernelTable* const* t = kKernelTables; *t; t++) {
+    const bool supported = (*t)->supported();
+    if (supported && !first) first = *t;
+    check(select_kernels((*t)->isa) == (supported ? *t : nullptr),
+          std::string("instruction_sets_are_chosen_by_name ") + (*t)->isa);
+    if (!t[1]) check(supported, "the last instruction set is always supported");
+  }
+  check(first && select_kernels(nullptr) == first && select_kernels("") == first,
+        "the best supported instruction set is the default");
+  check(!select_kernels("abacus"), "an unknown instruction set gives null");
+}
+
+// A test that cannot fail proves nothing: one wrong nonzero must be noticed.
+void a_corrupted_nonzero_is_noticed() {
+  Random random{6};
+  const TestPattern pattern(&random, 16, 200, 0.5, false);
+  const Pattern& p = pattern.view;
+  const PlanPtr plan = make_plan(pattern);
+  for (DType dtype : {DType::f32, DType::f64, DType::bf16}) {
+    const RandomMatrix x(&random, Fill::signed_uniform, dtype, 7, p.cols, 0);
+    const auto values = random_array(&random, Fill::signed_uniform, dtype, p.nnz);
+    const auto y = reference::linear_forward(dtype, p, x.view, values->data(), nullptr);
+    write(dtype, values->data(), 5, reference::read(dtype, values->data(), 5) + 0.5);
+    Output out(dtype, 7 * p.rows);
+    select_kernels(nullptr)->linear_forward(
+        {dtype, plan.get(), x.view, values->data(), nullptr, out.data(), kSerial});
+    check(first_wrong(dtype, Fill::signed_uniform, y, out.data()) >= 0,
+          std::string("a_corrupted_nonzero_is_noticed ") + name_of(dtype));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && !std::strcmp(argv[1], "--quick");
+  std::printf("instruction sets:");
+  for (const KernelTable* const* t = kKernelTables; *t; t++)
+    std::printf(" %s%s", (*t)->isa, (*t)->supported() ? "" : " (not on this CPU)");
+  std::printf("\n");
+
+  faults_are_found();
+  transpose_is_an_involution();
+  instruction_sets_are_chosen_by_name();
+  a_corrupted_nonzero_is_noticed();
+  non_finite_samples_stay_alone();
+  a_plan_is_shared_between_threads();
+  more_rows_than_16_bits();
+  all_shapes(quick);
+
+  std::printf("largest error / bound: f32 %.3f, f64 %.3f, bf16 %.3f\n", worst[0], worst[1],
+              worst[2]);
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
+              static_cast<long long>(failed));
+  return failed ? 1 : 0;
+}
