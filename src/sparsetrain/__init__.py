@@ -1,0 +1,25 @@
+"""Sparse layers and sparse training for PyTorch on CPUs."""
+
+from importlib import metadata as _metadata
+
+from sparsetrain import nn
+from sparsetrain.nn._state import load_state_dict
+from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
+from sparsetrain.ops import sparse_linear
+from sparsetrain.pattern import SparsePattern
+
+try:
+    __version__ = _metadata.version("sparsetrain")
+except _metadata.PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "SparsePattern",
+    "__version__",
+    "load_state_dict",
+    "nn",
+    "sparse_linear",
+    "sparsify",
+    "to_dense",
+    "to_sparse",
+]
