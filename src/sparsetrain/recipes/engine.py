@@ -1,0 +1,204 @@
+"""Lanes: models that train side by side on the same batches, timed step by step.
+
+Everything that a step depends on is a function of (seed, step): the batch, the learning rate and
+the dropout masks. So two lanes see exactly the same, and a resumed run continues as if it had never
+stopped, without any random state in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Task(Protocol):
+    """What is trained: the data, the loss and the score."""
+
+    @property
+    def train_size(self) -> int:
+        """Number of training samples."""
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Inputs and targets of the training samples `indices` (batch,)."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scalar loss, differentiable."""
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Accuracy on the test samples, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and learning rate of a phase.
+
+    steps: optimizer steps; batch: samples per step; lr: peak learning rate, reached after the
+    first tenth of the steps and falling linearly to zero; seed: of batches and dropout.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float
+    seed: int
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of `step` (counted from 0)."""
+        warmup = max(1, self.steps // 10)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr * (self.steps - step) / max(1, self.steps - warmup)
+
+    def indices(self, step: int, size: int) -> Tensor:
+        """Sample numbers (batch,) of `step`: a fresh permutation of range(size) every epoch."""
+        per_epoch = max(1, size // self.batch)
+        epoch, within = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(size, generator=generator)
+        return order[within * self.batch : (within + 1) * self.batch]
+
+
+@dataclass
+class History:
+    """What a lane has done so far. Seconds are of whole steps: forward, backward, optimizer.
+
+    evaluations: (steps done, training seconds so far, accuracy).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    mask_seconds: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def median_seconds(self) -> float:
+        """Median step time; the first two steps (allocation, plans) do not count."""
+        timed = sorted(self.seconds[2:] or self.seconds)
+        return timed[len(timed) // 2] if timed else float("nan")
+
+
+class Lane:
+    """One model with its optimizer.
+
+    masks: for a dense model that stands for a sparse one, the bool mask (out, in) of every pruned
+    layer; gradients are masked before and weights after each optimizer step, as users of
+    `torch.nn.utils.prune` do. That time is kept apart from the step time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        schedule: Schedule,
+        layers: Mapping[str, nn.Linear] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.schedule = schedule
+        self.layers = dict(layers or {})
+        self.masks = dict(masks or {})
+        self.history = History()
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        decay = self.schedule.weight_decay
+        return torch.optim.AdamW(trained, lr=self.schedule.lr, weight_decay=decay, fused=True)
+
+    def step(self, task: Task, number: int, batch: Batch) -> float:
+        """Train step `number` on `batch`; returns the loss before it."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(number)
+        torch.manual_seed(self.schedule.seed * 7_368_787 + number)
+        begin = time.perf_counter()
+        loss = task.loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        middle = time.perf_counter()
+        self._mask_gradients()
+        resumed = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        self.mask_weights()
+        masking = (resumed - middle) + (time.perf_counter() - end)
+        value = float(loss.detach())
+        self.history.losses.append(value)
+        self.history.seconds.append((end - resumed) + (middle - begin))
+        self.history.mask_seconds.append(masking if self.masks else 0.0)
+        return value
+
+    def _mask_gradients(self) -> None:
+        for name, mask in self.masks.items():
+            gradient = self.layers[name].weight.grad
+            if gradient is not None:
+                gradient.mul_(mask)
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        """Set masked weights to zero (no-op without masks)."""
+        for name, mask in self.masks.items():
+            self.layers[name].weight.mul_(mask)
+
+    def evaluate(self, task: Task) -> float:
+        """Test accuracy now, noted in the history; its time does not count as training."""
+        self.model.eval()
+        with torch.inference_mode():
+            accuracy = task.evaluate(self.model)
+        done = len(self.history.losses)
+        self.history.evaluations.append((done, sum(self.history.seconds), accuracy))
+        return accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer and history; frozen parameters come from the model folder instead."""
+        frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        model = {k: v for k, v in self.model.state_dict().items() if k not in frozen}
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "history": asdict(self.history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()` of a lane of the same name."""
+        model = {**self.model.state_dict(), **state["model"]}
+        self.model.load_state_dict(model, strict=True)
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+        self.history = History(
+            losses=list(history["losses"]),
+            seconds=list(history["seconds"]),
+            mask_seconds=list(history["mask_seconds"]),
+            evaluations=[(int(a), float(b), float(c)) for a, b, c in history["evaluations"]],
+        )
+
+
+def step_all(lanes: Sequence[Lane], task: Task, number: int) -> list[float]:
+    """One step of every lane on one batch, in an order that alternates from step to step.
+
+    Side by side, a slower or faster minute of the machine hits all lanes alike.
+    """
+    schedule = lanes[0].schedule
+    batch = task.batch(schedule.indices(number, task.train_size))
+    order = lanes if number % 2 == 0 else lanes[::-1]
+    losses = {lane.name: lane.step(task, number, batch) for lane in order}
+    return [losses[lane.name] for lane in lanes]
+
+
+def tensor_bytes(value: object) -> int:
+    """Bytes of all tensors in a (nested) dict or list, or of a tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item) for item in value)
+    return 0

@@ -1,0 +1,216 @@
+"""A whole run: prune, then train sparse (and dense beside it on request), resumable at any time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import sparsetrain
+from sparsetrain.recipes.checkpoint import (
+    load_checkpoint,
+    pack_mask,
+    save_checkpoint,
+    unpack_mask,
+)
+from sparsetrain.recipes.engine import Lane, Schedule, Task, step_all
+from sparsetrain.recipes.errors import InputError
+from sparsetrain.recipes.progress import Progress
+from sparsetrain.recipes.pruning import apply_masks, cubic_sparsity, magnitude_masks
+
+#: The first steps of dense and sparse must agree: relative difference of their losses.
+AGREEMENT_STEPS = 5
+AGREEMENT_TOLERANCE = 1e-3
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session runs, whatever the task.
+
+    prune, tune: the two phases; sparsity: goal, in [0, 1); distribution: how it is divided among
+    the layers ("uniform", "erk" or "global");
+    prune_every: steps between two prunings; compare: train the dense-masked twin too;
+    evaluate_every, checkpoint_every: steps.
+    """
+
+    prune: Schedule
+    tune: Schedule
+    sparsity: float
+    distribution: str
+    compare: bool
+    evaluate_every: int
+    checkpoint_every: int
+    prune_every: int = 5
+
+
+class Session:
+    """Runs `task` from a freshly built model to trained lanes.
+
+    build: makes the dense model, the same every time; select: its layers to be made sparse, by
+    name; identity: what a resumed run must share with the interrupted one (options, data).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        build: Callable[[], nn.Module],
+        select: Callable[[nn.Module], dict[str, nn.Linear]],
+        settings: Settings,
+        identity: Mapping[str, Any],
+        out: Path,
+    ) -> None:
+        self.task = task
+        self.build = build
+        self.select = select
+        self.settings = settings
+        self.identity = json.dumps(identity, sort_keys=True)
+        self.path = out / CHECKPOINT
+
+    def check_resume(self) -> None:
+        """Raise InputError if there is a checkpoint that this session cannot continue."""
+        self._saved()
+
+    def run(self, resume: bool, progress: Progress) -> list[Lane]:
+        """Train to the end; returns the lanes, the sparse one first.
+
+        Raises InputError if `resume` meets a checkpoint of another run, RuntimeError if the dense
+        and the sparse losses of the first steps differ by more than floating-point noise.
+        """
+        saved = self._saved() if resume else None
+        model = self.build()
+        if saved is None or saved["phase"] == "prune":
+            masks = self._prune(model, saved, progress)
+            saved = None
+        else:
+            shapes = {name: layer.weight.shape for name, layer in self.select(model).items()}
+            masks = {n: unpack_mask(p, shapes[n]) for n, p in saved["masks"].items()}
+            apply_masks(self.select(model), masks)
+        return self._tune(model, masks, saved, progress)
+
+    def _saved(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        saved = load_checkpoint(self.path)
+        before, now = json.loads(saved["identity"]), json.loads(self.identity)
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"resume: {self.path} was made with {key}={before.get(key)!r}, now it is "
+                f"{now.get(key)!r}; give the same options, or --overwrite to start again"
+            )
+        return saved
+
+    def _save(self, phase: str, step: int, lanes: list[Lane], masks: dict[str, Tensor]) -> None:
+        state = {
+            "identity": self.identity,
+            "phase": phase,
+            "step": step,
+            "masks": {name: pack_mask(mask) for name, mask in masks.items()},
+            "lanes": {lane.name: lane.state_dict() for lane in lanes},
+        }
+        save_checkpoint(self.path, state)
+
+    def _prune(
+        self, model: nn.Module, saved: dict[str, Any] | None, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Train dense while weights go; leaves the pruned weights in `model`."""
+        settings, layers = self.settings, self.select(model)
+        steps = settings.prune.steps
+        lane = Lane("pruning", model, settings.prune, layers)
+        if saved is not None:
+            lane.load_state_dict(saved["lanes"]["pruning"])
+            shapes = {name: layer.weight.shape for name, layer in layers.items()}
+            lane.masks = {n: unpack_mask(p, shapes[n]) for n, p in saved["masks"].items()}
+        start = len(lane.history.losses)
+        progress.start("prune", steps, start)
+        for step in range(start, steps):
+            due = cubic_sparsity(step, steps, settings.sparsity)
+            if due and step % settings.prune_every == 0:
+                lane.masks = magnitude_masks(layers, due, settings.distribution)
+                lane.mask_weights()
+            loss = step_all([lane], self.task, step)[0]
+            progress.advance(f"loss {loss:.3f}, sparsity {due:.1%}")
+            if (step + 1) % settings.checkpoint_every == 0:
+                self._save("prune", step + 1, [lane], lane.masks)
+        masks = magnitude_masks(layers, settings.sparsity, settings.distribution)
+        apply_masks(layers, masks)
+        progress.say(f"pruned to {settings.sparsity:.1%} in {steps} steps")
+        return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+
+    def _lanes(self, model: nn.Module, masks: dict[str, Tensor]) -> list[Lane]:
+        schedule = self.settings.tune
+        sparse = sparsetrain.to_sparse(model, min_sparsity=0.0, include=list(masks))
+        lanes = [Lane("sparse", sparse, schedule)]
+        if self.settings.compare:
+            lanes.append(Lane("dense", model, schedule, self.select(model), masks))
+        return lanes
+
+    def _tune(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        saved: dict[str, Any] | None,
+        progress: Progress,
+    ) -> list[Lane]:
+        settings, task = self.settings, self.task
+        lanes = self._lanes(model, masks)
+        steps, start = settings.tune.steps, 0
+        if saved is not None:
+            start = int(saved["step"])
+            for lane in lanes:
+                lane.load_state_dict(saved["lanes"][lane.name])
+        else:
+            self._evaluate(lanes, progress)
+            self._save("tune", 0, lanes, masks)
+        progress.start("fine-tune", steps, start)
+        for step in range(start, steps):
+            losses = step_all(lanes, task, step)
+            progress.advance(
+                ", ".join(
+                    f"{lane.name} loss {x:.3f}" for lane, x in zip(lanes, losses, strict=True)
+                )
+            )
+            done = step + 1
+            if done == min(AGREEMENT_STEPS, steps):
+                check_agreement(lanes)
+            if done % settings.evaluate_every == 0 or done == steps:
+                self._evaluate(lanes, progress)
+            if done % settings.checkpoint_every == 0 or done == steps:
+                self._save("tune", done, lanes, masks)
+        return lanes
+
+    def _evaluate(self, lanes: list[Lane], progress: Progress) -> None:
+        for lane in lanes:
+            accuracy = lane.evaluate(self.task)
+            steps, seconds, _ = lane.history.evaluations[-1]
+            progress.say(
+                f"step {steps}: {lane.name} test accuracy {accuracy:.2%} "
+                f"after {seconds:.1f} s of training"
+            )
+
+
+def loss_difference(lanes: list[Lane]) -> float | None:
+    """Largest relative difference of the losses over the first steps; None with one lane."""
+    if len(lanes) < 2:
+        return None
+    first, second = (lane.history.losses[:AGREEMENT_STEPS] for lane in lanes[:2])
+    pairs = zip(first, second, strict=True)
+    return max(abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs)
+
+
+def check_agreement(lanes: list[Lane]) -> None:
+    """Raise RuntimeError unless all lanes had the same losses up to floating-point noise."""
+    difference = loss_difference(lanes)
+    if difference is not None and not difference <= AGREEMENT_TOLERANCE:
+        first = {lane.name: lane.history.losses[:AGREEMENT_STEPS] for lane in lanes}
+        raise RuntimeError(
+            f"the losses of the first steps differ by {difference:.1e} (at most "
+            f"{AGREEMENT_TOLERANCE:.0e} is floating-point noise): {first}"
+        )
