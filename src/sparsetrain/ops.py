@@ -458,7 +458,9 @@ def sparse_linear(
     rows, cols = pattern.shape
     if not (
         isinstance(input, Tensor)
+        and input.dtype in _DTYPES
         and input.dtype is values.dtype
+        and (bias is None or bias.dtype is values.dtype)
         and input.ndim > 0
         and input.size(-1) == cols
         and input.is_cpu
