@@ -71,24 +71,19 @@ struct LinearForward {
   Parallel parallel;
 };
 
-// dx = dy W
-//   dy: (batch, pattern.rows); dx: (batch, pattern.cols), contiguous, written in full
-struct LinearGradInput {
-  DType dtype;
-  const Plan* plan;
-  Matrix dy;
-  const void* values;
-  void* dx;
-  Parallel parallel;
-};
-
-// dvalues[k] = sum_b dy[b, row(k)] * x[b, col(k)];  dbias[r] = sum_b dy[b, r]
-//   dvalues: (nnz), written in full; dbias: (pattern.rows), written in full, or null
-struct LinearGradValues {
+// dx = dy W;  dvalues[k] = sum_b dy[b, row(k)] * x[b, col(k)];  dbias[r] = sum_b dy[b, r]
+//   dy: (batch, pattern.rows)
+//   dx: (batch, pattern.cols), contiguous, or null; needs values: (nnz)
+//   dvalues: (nnz), or null; needs x: (batch, pattern.cols)
+//   dbias: (pattern.rows), or null; only together with dvalues
+// What is not null is written in full. Asking for dx and dvalues at once packs dy once.
+struct LinearBackward {
   DType dtype;
   const Plan* plan;
   Matrix dy;
   Matrix x;
+  const void* values;
+  void* dx;
   void* dvalues;
   void* dbias;
   Parallel parallel;
@@ -99,8 +94,7 @@ struct KernelTable {
   const char* isa;
   bool (*supported)();  // by this CPU
   void (*linear_forward)(const LinearForward&);
-  void (*linear_grad_input)(const LinearGradInput&);
-  void (*linear_grad_values)(const LinearGradValues&);
+  void (*linear_backward)(const LinearBackward&);
 };
 
 // Best first; the last one is supported everywhere. A null pointer ends the list.

@@ -22,11 +22,8 @@ void by_dtype(const Args& a, void (*f32)(const Args&), void (*f64)(const Args&),
 void forward(const LinearForward& a) {
   by_dtype(a, linear_forward<float>, linear_forward<double>, linear_forward<bf16>);
 }
-void grad_input(const LinearGradInput& a) {
-  by_dtype(a, linear_grad_input<float>, linear_grad_input<double>, linear_grad_input<bf16>);
-}
-void grad_values(const LinearGradValues& a) {
-  by_dtype(a, linear_grad_values<float>, linear_grad_values<double>, linear_grad_values<bf16>);
+void backward(const LinearBackward& a) {
+  by_dtype(a, linear_backward<float>, linear_backward<double>, linear_backward<bf16>);
 }
 bool supported() {
 #if defined(__AVX512F__)
@@ -41,6 +38,6 @@ bool supported() {
 }  // namespace
 
 extern const KernelTable ST_CAT(kTable_, SPARSETRAIN_ISA_NAME) = {
-    ST_STRING(SPARSETRAIN_ISA_NAME), supported, forward, grad_input, grad_values};
+    ST_STRING(SPARSETRAIN_ISA_NAME), supported, forward, backward};
 
 }  // namespace sparsetrain

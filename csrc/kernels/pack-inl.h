@@ -36,25 +36,31 @@ ST_INLINE void pack_square(const S* src, int64_t stride, int samples, int featur
 template <class S, int NV>
 void pack_tile(const S* src, int64_t stride, int samples, int64_t features, Sum<S>* tile) {
   constexpr int w = kLanes<Sum<S>>;
-  for (int64_t f = 0; f < features; f += w) {
-    const int n = static_cast<int>(features - f < w ? features - f : w);
-    ST_UNROLL
-    for (int v = 0; v < NV; v++)
+  // Long runs along `lanes` rows: 10 GB/s; all rows of the tile side by side: 4 GB/s, since the
+  // hardware prefetcher cannot follow 64 streams.
+  for (int v = 0; v < NV; v++) {
+    for (int64_t f = 0; f < features; f += w) {
+      const int n = static_cast<int>(features - f < w ? features - f : w);
       pack_square<S, NV>(src + v * w * stride + f, stride, samples - v * w, n,
                          tile + f * NV * w + v * w);
+    }
   }
 }
 
 // The way back: dst row i gets feature values tile[..][i], i < samples. tile as above.
+// past_caches: dst is written with streaming stores where it is aligned (21 GB/s instead of 10, and
+// the packed input stays in L2); for outputs that do not fit the caches anyway.
 template <class S, int NV>
-void unpack_tile(const Sum<S>* tile, int samples, int64_t features, S* dst, int64_t stride) {
+void unpack_tile(const Sum<S>* tile, int samples, int64_t features, S* dst, int64_t stride,
+                 bool past_caches) {
   typedef Sum<S> T;
   constexpr int w = kLanes<T>;
-  for (int64_t f = 0; f < features; f += w) {
-    const int n = static_cast<int>(features - f < w ? features - f : w);
-    ST_UNROLL
-    for (int v = 0; v < NV; v++) {
-      const int rows = samples - v * w < w ? samples - v * w : w;
+  const bool streaming = past_caches && sizeof(S) == sizeof(T) && stride % w == 0 &&
+                         reinterpret_cast<uintptr_t>(dst) % sizeof(Vec<T>) == 0;
+  for (int v = 0; v < NV; v++) {
+    const int rows = samples - v * w < w ? samples - v * w : w;
+    for (int64_t f = 0; f < features; f += w) {
+      const int n = static_cast<int>(features - f < w ? features - f : w);
       Vec<T> r[w];
       const T* p = tile + f * NV * w + v * w;
       if (n == w) {
@@ -65,6 +71,13 @@ void unpack_tile(const Sum<S>* tile, int samples, int64_t features, S* dst, int6
       }
       transpose<T>(r);
       S* d = dst + v * w * stride + f;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (streaming && rows == w && n == w) {
+          ST_UNROLL
+          for (int i = 0; i < w; i++) stream<S>(d + i * stride, r[i]);
+          continue;
+        }
+      }
       if (rows == w && n == w) {
         ST_UNROLL
         for (int i = 0; i < w; i++) store_narrowed<S>(d + i * stride, r[i], w);

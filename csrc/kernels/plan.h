@@ -1,5 +1,6 @@
 // A pattern in the form the kernels read: the pattern as given and its transpose, each cut into
-// column blocks. Everything here is derived from the pattern alone, in O(nnz), and can be rebuilt.
+// column blocks. No permutation of the values is kept: values_to_transposed finds their places by
+// counting, as fast as a gather would, and 4 bytes per nonzero are saved. Everything here is derived from the pattern alone, in O(nnz), and can be rebuilt.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +16,11 @@ namespace sparsetrain {
 struct Side {
   int64_t rows = 0, cols = 0, nnz = 0;
   int64_t blocks = 1;
+  bool wide = false;                    // tiles of kWideTile vectors rather than kNarrowTile
   const int32_t* row_begin = nullptr;   // rows + 1: CSR row pointers
   std::unique_ptr<int32_t[]> cuts;      // (blocks - 1) x rows: where block b + 1 of a row begins
   const int32_t* index32 = nullptr;     // nnz column numbers, or null if index16 holds them
-  const uint16_t* index16 = nullptr;    // nnz, when cols <= 65536 and the numbers are our own
-  const int32_t* perm = nullptr;        // nnz: values[perm[k]] is nonzero k; null: the identity
+  std::unique_ptr<uint16_t[]> index16;  // the same, when cols <= 65536: less to stream by
 
   // rows entries each: block b of row r is [begin_of(b)[r], begin_of(b + 1)[r])
   const int32_t* begin_of(int64_t b) const {
@@ -27,7 +28,10 @@ struct Side {
     if (b == blocks) return row_begin + 1;
     return cuts.get() + (b - 1) * rows;
   }
-  size_t bytes() const { return cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0; }
+  size_t bytes() const {
+    return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) +
+           (index16 ? sizeof(uint16_t) * nnz : 0);
+  }
 };
 
 class Plan {
@@ -45,8 +49,7 @@ class Plan {
   Side forward_;
   mutable std::once_flag transposed_once_;
   mutable Side transposed_;
-  mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_, tperm_;
-  mutable std::unique_ptr<uint16_t[]> tindex16_;
+  mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_;
 };
 
 }  // namespace sparsetrain

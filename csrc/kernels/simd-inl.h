@@ -8,6 +8,10 @@
 
 #include "kernels.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define SPARSETRAIN_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -38,10 +42,14 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = SPARSETRAIN_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
-// Four vectors of samples make a tile: 8 accumulators with two chains, within 16 registers.
-constexpr int kTileVectors = 4;
-template <class T>
-constexpr int kTileLanes = kTileVectors* kLanes<T>;
+// Vectors of samples in a tile. Four: 8 accumulators with two chains, within 16 registers. Eight,
+// for dense patterns, where reading the pattern itself is what costs; they take 32 registers.
+constexpr int kNarrowTile = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kWideTile = 8;
+#else
+constexpr int kWideTile = 4;
+#endif
 
 template <class T>
 ST_INLINE Vec<T> broadcast(T x) {
@@ -54,6 +62,18 @@ ST_INLINE Vec<T> load(const T* p) {  // p: aligned to the vector
 template <class T>
 ST_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
+}
+// Past the caches, where the instruction set can: for outputs too large to stay in them.
+// p: aligned to the vector.
+template <class T>
+ST_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+  store<T>(p, v);
+#endif
 }
 template <class T>
 ST_INLINE Vec<T> loadu(const T* p) {

@@ -8,7 +8,7 @@ namespace {
 
 // Enough independent sums to cover the latency of an FMA: NV * chains >= 8 on two FMA pipes.
 template <int NV>
-constexpr int kChains = NV >= 3 ? 2 : NV == 2 ? 4 : 8;
+constexpr int kChains = NV >= 6 ? 1 : NV >= 3 ? 2 : NV == 2 ? 4 : 8;
 
 // One column block for `rows` consecutive rows.
 //   begin, end: rows entries each; row r's nonzeros inside this block are [begin[r], end[r])
