@@ -338,8 +338,8 @@ def _index_tensor(indices: Any, name: str) -> Tensor:
         raise ValueError(f"{name} has {indices.numel()} entries, more than {_INT32_MAX}")
     if indices.dtype == torch.int64 and indices.numel():
         low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high > _INT32_MAX:
-            worst = low if low < 0 else high
+        if low < -_INT32_MAX or high > _INT32_MAX:
+            worst = high if high > _INT32_MAX else low
             raise ValueError(f"{name} holds {worst}, out of range: takes 0 to {_INT32_MAX}")
     with torch.inference_mode(False):
         return indices.detach().to("cpu", torch.int32, copy=True).contiguous()

@@ -111,7 +111,7 @@ def load(
     core = ("values", *_INDICES, *(() if layer.bias is None else ("bias",)))
     known = {*core, *others, *layer._modules}
     missing = [name for name in core if name not in own]
-    missing_keys += [prefix + name for name in (*core, *others) if name not in own]
+    missing_keys += [prefix + name for name in dict.fromkeys((*core, *others)) if name not in own]
     unexpected_keys += [prefix + name for name in own if name.split(".", 1)[0] not in known]
     if len(missing) == len(core):
         return
