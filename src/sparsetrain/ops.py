@@ -187,6 +187,15 @@ def _linear_keep(
     return x if needs[1] else None, values if needs[0] else None, crow, col, key
 
 
+def _sum_over_batch(grad: Tensor) -> Tensor:
+    """(B, O) -> (O,), bitwise the same for any number of threads.
+
+    torch shares out the columns of a sum between its threads, but a single column it cuts into
+    pieces, one for each thread. Hence two columns for one.
+    """
+    return grad.expand(-1, 2).sum(0)[:1] if grad.shape[1] == 1 else grad.sum(0)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> _Grads:
     x, values, crow, col, key = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
@@ -196,7 +205,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> _Grads:
     if needs_values:
         grad_values, grad_bias = linear_grad_values(grad, x, crow, col, key, needs_bias)
     elif needs_bias:
-        grad_bias = grad.sum(0)
+        grad_bias = _sum_over_batch(grad)
     return grad_x, grad_values, grad_bias if needs_bias else None, None, None, None
 
 
