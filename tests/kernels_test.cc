@@ -98,7 +98,7 @@ class Output {
       : front_(kGuard + size_of(dtype)),
         bytes_(count * size_of(dtype)),
         memory_(front_ + bytes_ + kGuard, 0xff) {}
-  void* data() { return bytes_ ? memory_.data() + front_ : nullptr; }
+  void* data() { return memory_.data() + front_; }  // never null: null means "not wanted"
   const void* data() const { return memory_.data() + front_; }
   size_t bytes() const { return bytes_; }
   bool guards_intact() const {
@@ -291,23 +291,40 @@ void test_linear(const Shape& s, DType dtype, Fill kind, Random* random) {
     if (!(*t)->supported()) continue;
     const Case c{*t, dtype, kind, s.name};
     check_kernel(c, "forward", y, threads, [&](void* out, const Parallel& parallel) {
-      (*t)->linear_forward(
-          {dtype, s.plan, x.view, values->data(), bias->data(), out, parallel});
+      (*t)->linear_forward({dtype, s.plan, x.view, values->data(), bias->data(), out, parallel});
     });
     check_kernel(c, "forward_no_bias", y0, false, [&](void* out, const Parallel& parallel) {
       (*t)->linear_forward({dtype, s.plan, x.view, values->data(), nullptr, out, parallel});
     });
+    auto backward = [&](void* dx_out, void* dvalues_out, void* dbias_out,
+                        const Parallel& parallel) {
+      (*t)->linear_backward({dtype, s.plan, dy.view, dvalues_out ? x.view : Matrix{},
+                             dx_out ? values->data() : nullptr, dx_out, dvalues_out, dbias_out,
+                             parallel});
+    };
+    // Each result alone, then all at once: the bytes must be the same.
+    Output dx_out(dtype, dx.size()), dvalues_out(dtype, dvalues.size());
+    Output dbias_out(dtype, dbias.size());
     check_kernel(c, "grad_input", dx, threads, [&](void* out, const Parallel& parallel) {
-      (*t)->linear_grad_input({dtype, s.plan, dy.view, values->data(), out, parallel});
+      backward(out, nullptr, nullptr, parallel);
+      std::memcpy(dx_out.data(), out, dx_out.bytes());
     });
     check_kernel(c, "grad_values", dvalues, threads, [&](void* out, const Parallel& parallel) {
-      (*t)->linear_grad_values({dtype, s.plan, dy.view, x.view, out, nullptr, parallel});
+      backward(nullptr, out, nullptr, parallel);
+      std::memcpy(dvalues_out.data(), out, dvalues_out.bytes());
     });
-    if (!p.rows) continue;
     check_kernel(c, "grad_bias", dbias, threads, [&](void* out, const Parallel& parallel) {
-      Output unused(dtype, p.nnz);
-      (*t)->linear_grad_values({dtype, s.plan, dy.view, x.view, unused.data(), out, parallel});
+      Output dvalues_too(dtype, dvalues.size());
+      backward(nullptr, dvalues_too.data(), out, parallel);
+      std::memcpy(dbias_out.data(), out, dbias_out.bytes());
     });
+    for (const Parallel& parallel : {kSerial, kReversed}) {
+      Output a(dtype, dx.size()), b(dtype, dvalues.size()), d(dtype, dbias.size());
+      backward(a.data(), b.data(), d.data(), parallel);
+      check(a.same_bytes(dx_out) && b.same_bytes(dvalues_out) && d.same_bytes(dbias_out) &&
+                a.guards_intact() && b.guards_intact() && d.guards_intact(),
+            c.text("all_gradients") + ": not what each gives alone");
+    }
   }
 }
 
@@ -381,7 +398,8 @@ void non_finite_samples_stay_alone() {
       if (!(*t)->supported()) continue;
       Output y(dtype, batch * p.rows), dx(dtype, batch * p.cols);
       (*t)->linear_forward({dtype, plan.get(), x.view, values->data(), nullptr, y.data(), kSerial});
-      (*t)->linear_grad_input({dtype, plan.get(), dy.view, values->data(), dx.data(), kSerial});
+      (*t)->linear_backward({dtype, plan.get(), dy.view, Matrix{}, values->data(), dx.data(),
+                             nullptr, nullptr, kSerial});
       bool ok = true;
       for (int64_t i = 0; i < batch * p.rows; i++)
         ok &= std::isfinite(reference::read(dtype, y.data(), i)) == (i / p.rows != bad);
@@ -404,8 +422,8 @@ void a_plan_is_shared_between_threads() {
     const PlanPtr plan = make_plan(pattern);
     Output a(DType::f32, 5 * p.cols), b(DType::f32, 5 * p.cols);
     auto call = [&](Output* out) {
-      table->linear_grad_input(
-          {DType::f32, plan.get(), dy.view, values->data(), out->data(), kSerial});
+      table->linear_backward({DType::f32, plan.get(), dy.view, Matrix{}, values->data(),
+                              out->data(), nullptr, nullptr, kSerial});
     };
     std::thread other(call, &b);
     call(&a);
@@ -440,10 +458,9 @@ void faults_are_found() {
     const TestPattern pattern(f.crow, f.col, f.cols);
     const PatternCheck found = check_pattern(pattern.view);
     check(found.fault == f.fault && (f.fault == PatternFault::none || found.where == f.where),
-          "faults_are_found: expected fault " + std::to_string(static_cast<int>(f.fault)) +
-              " at " + std::to_string(f.where) + ", got " +
-              std::to_string(static_cast<int>(found.fault)) + " at " +
-              std::to_string(found.where));
+          "faults_are_found: expected fault " + std::to_string(static_cast<int>(f.fault)) + " at " +
+              std::to_string(f.where) + ", got " + std::to_string(static_cast<int>(found.fault)) +
+              " at " + std::to_string(found.where));
   }
 }
 

@@ -1,5 +1,6 @@
-// The operators torch.ops.sparsetrain.*: check, unpack, allocate, call a kernel. No loops over data.
-// Built on torch's stable ABI, so that one library serves every Python and every torch since 2.10.
+// The operators torch.ops.sparsetrain.*: check, unpack, allocate, call a kernel. No loops over
+// data. Built on torch's stable ABI, so that one library serves every Python and every torch
+// since 2.10.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -88,12 +89,9 @@ void check_length(const char* op, const char* name, int64_t got, const char* wha
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
     default:
       require(false, op, name, " must be float32, float64 or bfloat16, got ",
               torch::headeronly::toString(t.scalar_type()));
@@ -108,8 +106,8 @@ Tensor as_contiguous(const Tensor& t) {
 // Rows may be any distance apart, if they do not overlap; anything else is copied. The result holds
 // the memory that matrix_view() points into.
 Tensor with_unit_inner_stride(const Tensor& t) {
-  const bool fits = (t.size(1) <= 1 || t.stride(1) == 1) &&
-                    (t.size(0) <= 1 || t.stride(0) >= t.size(1));
+  const bool fits =
+      (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1));
   return fits ? t : torch::stable::contiguous(t);
 }
 
@@ -205,33 +203,61 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
 
   const Tensor x_rows = with_unit_inner_stride(x);
   const Tensor values_c = as_contiguous(values);
-  const std::optional<Tensor> bias_c = bias ? std::make_optional(as_contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> bias_c =
+      bias ? std::make_optional(as_contiguous(*bias)) : std::nullopt;
   const Tensor y = empty_matrix(values, x.size(0), out);
-  if (x.size(0) == 0 || out == 0) return y;
+  if (y.numel() == 0) return y;
   kernels(op).linear_forward({dtype, entry->plan(), matrix_view(x_rows), values_c.const_data_ptr(),
                               bias_c ? bias_c->const_data_ptr() : nullptr, y.mutable_data_ptr(),
                               torch_threads()});
   return y;
 }
 
+// What the three gradient operators share. x without dvalues, and values without dx, are not read.
+struct Gradients {
+  const char* op;
+  DType dtype;
+  std::shared_ptr<const PlanEntry> entry;
+  Tensor grad;
+
+  Gradients(const char* op, const char* like_name, const Tensor& like, const Tensor& grad,
+            const Tensor& crow, const Tensor& col, const Tensor& key, int64_t in_features)
+      : op(op), dtype(dtype_of(op, like_name, like)), grad(grad) {
+    check_floats(op, "grad", grad, 2, like_name, like.scalar_type());
+    entry = plan_for(op, key, crow, col, in_features);
+    check_length(op, "each row of grad", grad.size(1), "rows of the pattern",
+                 entry->pattern().rows);
+  }
+
+  // A null tensor leaves its result out; an empty one is never null to the kernel.
+  void run(const Tensor* x, const Tensor* values, const Tensor* dx, const Tensor* dvalues,
+           const Tensor* dbias) const {
+    const Tensor grad_rows = with_unit_inner_stride(grad);
+    const std::optional<Tensor> x_rows =
+        x ? std::make_optional(with_unit_inner_stride(*x)) : std::nullopt;
+    const std::optional<Tensor> values_c =
+        values ? std::make_optional(as_contiguous(*values)) : std::nullopt;
+    static char nothing;
+    const auto output = [](const Tensor* t) -> void* {
+      if (!t) return nullptr;
+      return t->numel() ? t->mutable_data_ptr() : &nothing;
+    };
+    kernels(op).linear_backward({dtype, entry->plan(), matrix_view(grad_rows),
+                                 x_rows ? matrix_view(*x_rows) : Matrix{nullptr, 0, 0, 0},
+                                 values_c ? values_c->const_data_ptr() : nullptr, output(dx),
+                                 output(dvalues), output(dbias), torch_threads()});
+  }
+};
+
 // grad (B, out), values (nnz) -> (B, in)
 Tensor linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& crow,
                          const Tensor& col, const Tensor& key, int64_t in_features) {
   constexpr const char* op = "linear_grad_input";
   check_layout(op, "values", values, 1);
-  const DType dtype = dtype_of(op, "values", values);
-  check_floats(op, "grad", grad, 2, "values", values.scalar_type());
-  const auto entry = plan_for(op, key, crow, col, in_features);
-  check_length(op, "values", values.size(0), "nonzeros of the pattern", entry->pattern().nnz);
-  check_length(op, "each row of grad", grad.size(1), "rows of the pattern", entry->pattern().rows);
-
-  const Tensor grad_rows = with_unit_inner_stride(grad);
-  const Tensor values_c = as_contiguous(values);
+  const Gradients g(op, "values", values, grad, crow, col, key, in_features);
+  check_length(op, "values", values.size(0), "nonzeros of the pattern", g.entry->pattern().nnz);
   const Tensor dx = empty_matrix(values, grad.size(0), in_features);
-  if (grad.size(0) == 0 || in_features == 0) return dx;
-  kernels(op).linear_grad_input({dtype, entry->plan(), matrix_view(grad_rows),
-                                 values_c.const_data_ptr(), dx.mutable_data_ptr(),
-                                 torch_threads()});
+  g.run(nullptr, &values, &dx, nullptr, nullptr);
   return dx;
 }
 
@@ -241,22 +267,31 @@ std::tuple<Tensor, Tensor> linear_grad_values(const Tensor& grad, const Tensor& 
                                               const Tensor& key, bool bias) {
   constexpr const char* op = "linear_grad_values";
   check_layout(op, "x", x, 2);
-  const DType dtype = dtype_of(op, "x", x);
-  check_floats(op, "grad", grad, 2, "x", x.scalar_type());
+  const Gradients g(op, "x", x, grad, crow, col, key, x.size(1));
   check_length(op, "grad", grad.size(0), "rows of x", x.size(0));
-  const auto entry = plan_for(op, key, crow, col, x.size(1));
-  const int64_t out = entry->pattern().rows;
-  check_length(op, "each row of grad", grad.size(1), "rows of the pattern", out);
-
-  const Tensor grad_rows = with_unit_inner_stride(grad);
-  const Tensor x_rows = with_unit_inner_stride(x);
-  const Tensor dvalues = empty_vector(x, entry->pattern().nnz);
-  const Tensor dbias = empty_vector(x, bias ? out : 0);
-  if (out == 0) return {dvalues, dbias};
-  kernels(op).linear_grad_values({dtype, entry->plan(), matrix_view(grad_rows),
-                                  matrix_view(x_rows), dvalues.mutable_data_ptr(),
-                                  bias ? dbias.mutable_data_ptr() : nullptr, torch_threads()});
+  const Tensor dvalues = empty_vector(x, g.entry->pattern().nnz);
+  const Tensor dbias = empty_vector(x, bias ? grad.size(1) : 0);
+  g.run(&x, nullptr, nullptr, &dvalues, bias ? &dbias : nullptr);
   return {dvalues, dbias};
+}
+
+// Both of the above in one pass over grad:
+// grad (B, out), x (B, in), values (nnz) -> (B, in), (nnz), (out) or (0)
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& values, const Tensor& crow,
+                                                   const Tensor& col, const Tensor& key,
+                                                   bool bias) {
+  constexpr const char* op = "linear_backward";
+  check_layout(op, "values", values, 1);
+  check_floats(op, "x", x, 2, "values", values.scalar_type());
+  const Gradients g(op, "values", values, grad, crow, col, key, x.size(1));
+  check_length(op, "grad", grad.size(0), "rows of x", x.size(0));
+  check_length(op, "values", values.size(0), "nonzeros of the pattern", g.entry->pattern().nnz);
+  const Tensor dx = empty_matrix(x, x.size(0), x.size(1));
+  const Tensor dvalues = empty_vector(x, values.size(0));
+  const Tensor dbias = empty_vector(x, bias ? grad.size(1) : 0);
+  g.run(&x, &values, &dx, &dvalues, bias ? &dbias : nullptr);
+  return {dx, dvalues, dbias};
 }
 
 std::tuple<int64_t, int64_t> check_pattern_op(const Tensor& crow, const Tensor& col, int64_t cols) {
@@ -306,6 +341,9 @@ STABLE_TORCH_LIBRARY(sparsetrain, m) {
   m.def(
       "linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor key, bool bias) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor col, Tensor key, "
+      "bool bias) -> (Tensor, Tensor, Tensor)");
   m.def("check_pattern(Tensor crow, Tensor col, int cols) -> (int fault, int where)");
   m.def(
       "transpose_pattern(Tensor crow, Tensor col, int cols) "
@@ -319,6 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
   m.impl("linear", TORCH_BOX(&sparsetrain::linear));
   m.impl("linear_grad_input", TORCH_BOX(&sparsetrain::linear_grad_input));
   m.impl("linear_grad_values", TORCH_BOX(&sparsetrain::linear_grad_values));
+  m.impl("linear_backward", TORCH_BOX(&sparsetrain::linear_backward));
   m.impl("check_pattern", TORCH_BOX(&sparsetrain::check_pattern_op));
   m.impl("transpose_pattern", TORCH_BOX(&sparsetrain::transpose_pattern_op));
   m.impl("plan_bytes", TORCH_BOX(&sparsetrain::plan_bytes_op));

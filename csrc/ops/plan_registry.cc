@@ -54,11 +54,8 @@ void require_valid(const Pattern& p) {
   message << "crow/col are no valid pattern of " << p.rows << " x " << p.cols << " with " << p.nnz
           << " nonzeros: ";
   switch (check.fault) {
-    case PatternFault::none:
-      break;
-    case PatternFault::crow_start:
-      message << "crow[0] is " << p.crow[0] << ", it must be 0";
-      break;
+    case PatternFault::none: break;
+    case PatternFault::crow_start: message << "crow[0] is " << p.crow[0] << ", it must be 0"; break;
     case PatternFault::crow_decreasing:
       message << "crow[" << k << "] = " << p.crow[k] << " is greater than crow[" << k + 1
               << "] = " << p.crow[k + 1] << "; row offsets must not decrease";

@@ -44,7 +44,7 @@ void require_valid(const Pattern& pattern);
 std::shared_ptr<const PlanEntry> find_or_build_plan(int64_t key, const torch::stable::Tensor& crow,
                                                     const torch::stable::Tensor& col, int64_t cols);
 
-void forget_plan(int64_t key);          // an unknown key is fine
+void forget_plan(int64_t key);           // an unknown key is fine
 int64_t cached_plan_bytes(int64_t key);  // 0 for an unknown key
 
 }  // namespace sparsetrain

@@ -34,7 +34,7 @@ def _library_path() -> Path:
 def _load() -> Path:
     path = _library_path()
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"sparsetrain's compiled library {path} does not load with torch "
@@ -77,7 +77,7 @@ def _cpu_model() -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Size of each data cache that the first core sees, as the kernel writes it: {"L2": "1024K"}."""
+    """Size of each data cache of the first core, as Linux writes it: {"L2": "1024K"}."""
     caches: dict[str, str] = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, size = _read(folder / "level"), _read(folder / "size")
@@ -97,8 +97,8 @@ def info() -> dict[str, Any]:
     """What a bug report or a benchmark needs to say about the machine and the build.
 
     Returns a dict of plain values: ``isa`` (kernels in use), ``isas_available`` (best first),
-    ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (torch's, now),
-    ``library`` (path), ``compiler`` and ``versions``.
+    ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (of torch,
+    now), ``library`` (path), ``compiler`` and ``versions``.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
