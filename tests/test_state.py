@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -351,6 +352,53 @@ def test_a_damaged_last_layer_takes_back_the_first_ones():
     assert same(model, net(seed=1))
     result = sparsetrain.load_state_dict(model, {}, strict=False)
     assert len(result.missing_keys) == len(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), nn.Sequential],
+    ids=["itself", "deepcopy", "pickle", "wrapped"],
+)
+def test_a_converted_model_is_guarded_by_its_own_load_state_dict(duplicate):
+    def converted(seed):
+        torch.manual_seed(seed)
+        dense = nn.Sequential(nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 5))
+        once = sparsetrain.sparsify(dense, 0.5, include="0")
+        return sparsetrain.sparsify(once, 0.5, include="2", inplace=True)
+
+    model, source = duplicate(converted(1)), duplicate(converted(2))
+    assert len(converted(1)._load_state_dict_pre_hooks) == 1
+    before = frozen_state(model)
+    state = source.state_dict()
+    name = next(key for key in state if key.endswith("2.col_indices"))
+    for damaged in (state[name].flip(0), state[name][:-1], state[name] + 9, state[name].float()):
+        for assign in (False, True):
+            with pytest.raises(
+                RuntimeError, match=rf'Error.*loading state_dict.*\n\t"{name[:-11]}'
+            ):
+                model.load_state_dict({**state, name: damaged}, assign=assign)
+            assert_unchanged(model, before)
+    with pytest.raises(RuntimeError, match=r"size mismatch.*values.*the checkpoint holds a weight"):
+        model.load_state_dict(shaped(state, name))
+    if duplicate is not nn.Sequential:  # torch shows a nested hook no metadata
+        assert_unchanged(model, before)
+    model.load_state_dict(state)
+    assert same(model, source)
+
+
+def shaped(state, name):
+    """The same entries, said to be those of a layer of another shape."""
+    state = copy.copy(state)
+    state._metadata = copy.deepcopy(state._metadata)
+    state._metadata[name.removesuffix(".col_indices")]["weight_shape"] = (5, 13)
+    return state
+
+
+def test_the_guard_goes_with_the_last_sparse_layer():
+    model = sparsetrain.sparsify(nn.Sequential(nn.Linear(4, 4)), 0.5)
+    assert len(model._load_state_dict_pre_hooks) == 1
+    assert len(sparsetrain.to_dense(model)._load_state_dict_pre_hooks) == 0
+    assert len(model._load_state_dict_pre_hooks) == 1
 
 
 def test_another_weight_shape_raises_even_where_the_indices_fit():

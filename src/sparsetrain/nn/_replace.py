@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparsetrain.nn._select import Place, places
+from sparsetrain.nn._state import guard
 
 # Hooks that see a layer's inputs, outputs and their gradients: they do not care about its weight.
 _CARRIED = (
@@ -148,11 +149,13 @@ def replace(model: nn.Module, replacements: Sequence[Replacement], inplace: bool
                     module._modules[key] = by_id[id(child)].new
         for replacement in replacements:
             _carry(replacement, None)
+        guard(model)
         return model
     memo: dict[int, Any] = {id(r.old.module): r.new for r in replacements}
     result = copy.deepcopy(model, memo)
     for replacement in replacements:
         _carry(replacement, memo)
+    guard(result)
     return result
 
 

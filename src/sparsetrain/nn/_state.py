@@ -2,9 +2,11 @@
 
 A layer's keys are `values`, `crow_indices`, `col_indices` and, if it has one, `bias`. They load
 together or not at all: whatever is wrong with one of them is reported through the error list of
-`load_state_dict`, naming the key, and the layer is as it was. The other layers of the model then
-have loaded, as torch does it when a size does not match; `load_state_dict` below takes back those
-as well.
+`load_state_dict`, naming the key, and the layer is as it was. Other layers may have loaded by then:
+
+- A model that comes from `sparsify` or `to_sparse` has a `guard`, which looks at all sparse layers
+  before any layer of the model is loaded. So damaged entries change nothing in the whole model.
+- `sparsetrain.load_state_dict` takes back everything, for any model and whatever went wrong.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ def load_state_dict(
     """`model.load_state_dict` that changes nothing at all if any part of it fails.
 
     Plain `model.load_state_dict` leaves a sparse layer as it was when something in the checkpoint
-    is wrong for it, but layers that are fine have been loaded by then. This function takes back
-    those as well: every parameter, buffer, gradient and pattern of the model is as before. It needs
-    a temporary copy of the model's tensors.
+    is wrong for it, and a model made by `sparsify` or `to_sparse` as a whole when an entry of a
+    sparse layer is damaged. But it may have loaded other layers when a key is missing or a dense
+    layer does not fit. This function takes back those as well: every parameter, buffer, gradient
+    and pattern of the model is as before. It needs a temporary copy of the model's tensors.
 
     Args:
         model: any module, with or without sparse layers.
@@ -106,25 +109,91 @@ def load(
     error_msgs: list[str],
 ) -> None:
     """Loads the layer, or says in the three lists why not and leaves it as it was."""
-    own = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    own = _own(state, prefix)
     others = _other_state(layer)
-    core = ("values", *_INDICES, *(() if layer.bias is None else ("bias",)))
+    core = _core(layer)
     known = {*core, *others, *layer._modules}
-    missing = [name for name in core if name not in own]
-    missing_keys += [prefix + name for name in dict.fromkeys((*core, *others)) if name not in own]
-    unexpected_keys += [prefix + name for name in own if name.split(".", 1)[0] not in known]
-    if len(missing) == len(core):
+    missing_keys += [prefix + n for n in dict.fromkeys((*core, *others)) if n not in own]
+    unexpected_keys += [prefix + n for n in own if n.split(".", 1)[0] not in known]
+    if not any(name in own for name in core):
         return
+    assign = bool(metadata.get("assign_to_params_buffers", False))
+    pattern, faults = _inspect(layer, own, prefix, metadata, assign)
+    if faults or pattern is None:
+        error_msgs += faults
+    else:
+        _commit(layer, own, others, pattern, assign)
+
+
+def guard(model: nn.Module) -> None:
+    """Makes ``model.load_state_dict`` look at all sparse layers' entries before it loads any.
+
+    Does nothing to a model that has this guard, and takes it away where no sparse layer is left.
+    """
+    hooks = model._load_state_dict_pre_hooks
+    present = [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_all]
+    if "_pattern" in vars(model):  # a single layer is whole by itself
+        return
+    needed = any("_pattern" in vars(m) for m in model.modules())
+    if needed and not present:
+        model.register_load_state_dict_pre_hook(_check_all)  # type: ignore[no-untyped-call]
+    elif not needed:
+        for key in present:
+            del hooks[key]
+
+
+def _check_all(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    *_: Any,
+) -> None:
+    """Load hook of a whole model: raises if an entry of a sparse layer is damaged.
+
+    Layers with missing entries are left to `load`, since a hook of theirs may yet provide them.
+    """
+    from sparsetrain.nn._base import SparseLayer
+
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    faults = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLayer):
+            place = f"{prefix}{name}."
+            own = _own(state_dict, place)
+            if all(key in own for key in _core(layer)):
+                faults += _inspect(layer, own, place, metadata.get(place[:-1], {}), assign)[1]
+    if faults:
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(model).__name__}:\n\t" + "\n\t".join(faults)
+        )
+
+
+def _own(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _core(layer: SparseLayer) -> tuple[str, ...]:
+    """The keys that load together or not at all."""
+    return ("values", *_INDICES, *(() if layer.bias is None else ("bias",)))
+
+
+def _inspect(
+    layer: SparseLayer,
+    own: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    assign: bool,
+) -> tuple[SparsePattern | None, list[str]]:
+    """The checkpoint's pattern, and all that is wrong with its entries for this layer."""
+    missing = [name for name in _core(layer) if name not in own]
     faults = [_missing_fault(prefix, own, missing)] if missing else []
     if "bias" in own and layer.bias is None:
         faults.append(f'"{prefix}bias" is in the checkpoint, but the layer has no bias')
-    assign = bool(metadata.get("assign_to_params_buffers", False))
     pattern = _read_pattern(layer, own, prefix, metadata, faults)
-    faults += _tensor_faults(layer, own, others, prefix, pattern, assign)
-    if faults or pattern is None:
-        error_msgs += faults
-        return
-    _commit(layer, own, others, pattern, assign)
+    faults += _tensor_faults(layer, own, _other_state(layer), prefix, pattern, assign)
+    return pattern, faults
 
 
 def _other_state(layer: nn.Module) -> dict[str, Tensor]:
