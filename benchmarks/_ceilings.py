@@ -1,0 +1,86 @@
+"""The ceilings of this CPU, measured as contestants beside the kernels (see ceilings.cc)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from _harness import HERE, caches, cpu_flags, cpu_model
+
+LEVELS = ("registers", "L1", "L2", "L3", "memory")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return name
+    raise RuntimeError("no C++ compiler found for benchmarks/ceilings.cc: install g++ or set CXX")
+
+
+def build() -> Path:
+    """Compiles ceilings.cc for this very CPU, once per source and CPU; returns the library."""
+    source = HERE / "ceilings.cc"
+    identity = f"{source.read_text()}{cpu_model()}{cpu_flags()}".encode()
+    folder = HERE.parent / "build" / "benchmarks"
+    library = folder / f"ceilings-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            partial = Path(scratch) / "ceilings.so"
+            options = "-O3 -march=native -std=c++17 -ffp-contract=fast -shared -fPIC -pthread"
+            command = [_compiler(), *options.split(), str(source), "-o", str(partial)]
+            subprocess.run(command, check=True)
+            partial.replace(library)
+    return library
+
+
+class Ceilings:
+    """GF/s of one burst of about `burst_s` seconds at each level; call `gflops` once a round."""
+
+    def __init__(self, threads: int = 1, burst_s: float = 0.0015) -> None:
+        self._library = ctypes.CDLL(str(build()))
+        self._library.ceiling.restype = ctypes.c_double
+        self._library.ceiling.argtypes = [
+            ctypes.c_int,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int,
+        ]
+        self.threads = threads
+        self.vector_bits = 8 * self._library.ceiling_vector_bytes()
+        self.bytes = self._sizes()
+        self._rounds = {level: self._calibrate(level, burst_s) for level in LEVELS}
+
+    @staticmethod
+    def _sizes() -> dict[str, int]:
+        size = caches()
+        l1 = min(16 << 10, size["L1"] // 2)
+        l2 = size["L2"] // 2
+        # Well past L2, well inside L3 (which others share).
+        l3 = max(2 * size["L2"], min(size["L3"] // 4, 8 << 20))
+        memory = min(256 << 20, max(64 << 20, 3 * size["L3"]))
+        return {"registers": 0, "L1": l1, "L2": l2, "L3": l3, "memory": memory}
+
+    def _call(self, level: str, rounds: int, threads: int) -> float:
+        index = LEVELS.index(level)
+        rate = float(self._library.ceiling(index, self.bytes[level], rounds, threads))
+        if rate <= 0:
+            raise RuntimeError(f"ceiling {level!r} with {threads} threads gave {rate}")
+        return rate
+
+    def _calibrate(self, level: str, burst_s: float) -> int:
+        flops = 2.0 * (self.bytes[level] / 4 or 12 * self.vector_bits / 32)
+        rounds = 1
+        for _ in range(2):
+            rate = self._call(level, rounds, 1)
+            rounds = max(1, round(burst_s * rate / flops))
+        return rounds
+
+    def gflops(self, level: str = "L1", threads: int | None = None) -> float:
+        """One burst now. threads: how many run it at once (default: those of the object)."""
+        return self._call(level, self._rounds[level], threads or self.threads) / 1e9
