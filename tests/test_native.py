@@ -142,14 +142,7 @@ def test_bad_arguments_are_named() -> None:
     bad_calls = {
         r"x must have 2 dimensions, got shape \(6\)": (x[0], values, None, crow, col, key),
         "x is Double but values is Float": (x.double(), values, None, crow, col, key),
-        "values must be float32, float64 or bfloat16": (
-            x.half(),
-            values.half(),
-            None,
-            crow,
-            col,
-            key,
-        ),
+        "values must be float32": (x.half(), values.half(), None, crow, col, key),
         "values has 3 entries, expected 24": (x, values[:3], None, crow, col, key),
         "bias has 3 entries, expected 4": (x, values, torch.randn(3), crow, col, key),
         "bias is Double": (x, values, torch.randn(4).double(), crow, col, key),
@@ -158,21 +151,35 @@ def test_bad_arguments_are_named() -> None:
         "crow must have rows": (x, values, None, crow[:0], col, key),
         "key must be one int64 number": (x, values, None, crow, col, key.int()),
         "key must hold a positive number": (x, values, None, crow, col, key * 0),
-        r"crow\[0\] is 1": (x, values, None, crow + 1, col, key),
-        "columns must increase": (x, values, None, crow, col.flip(0), key),
-        r"must be in \[0, 5\)": (x[:, :5], values, None, crow, col, key),
     }
     for message, arguments in bad_calls.items():
         with pytest.raises(RuntimeError, match=message):
             ops.linear(*arguments)
-    assert ops.plan_bytes(key) == 0  # nothing was cached on failure
     with pytest.raises(RuntimeError, match="each row of grad has 5 entries, expected 4"):
         ops.linear_grad_input(torch.randn(2, 5), values, crow, col, key, 6)
     with pytest.raises(RuntimeError, match="grad has 3 entries, expected 2"):
         ops.linear_grad_values(torch.randn(3, 4), x, crow, col, key, True)
+    ops.forget_plan(int(key))
+
+
+def test_no_invalid_pattern_reaches_a_kernel_or_the_registry() -> None:
+    crow, col = full_pattern(4, 6)
+    key, values, x = torch.tensor([2**40 + 6]), torch.randn(24), torch.randn(2, 6)
+    bad_patterns = {
+        r"crow\[0\] is 1": (x, crow + 1, col),
+        r"crow\[4\] is 23": (x, torch.cat([crow[:4], crow[4:] - 1]), col),
+        r"crow\[1\] = 13 is greater": (x, crow + torch.tensor([0, 7, 0, 0, 0]).int(), col),
+        "columns must increase": (x, crow, col.flip(0)),
+        "twice in one row": (x, crow, col // 2),
+        r"must be in \[0, 5\)": (x[:, :5], crow, col),
+        r"col\[0\] is -1, it must be in": (x, crow, col - 1),
+    }
+    for message, (input_, bad_crow, bad_col) in bad_patterns.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear(input_, values, None, bad_crow, bad_col, key)
     with pytest.raises(RuntimeError, match="columns must increase"):
         ops.transpose_pattern(crow, col.flip(0), 6)
-    ops.forget_plan(int(key))
+    assert ops.plan_bytes(key) == 0
 
 
 def test_fused_backward_gives_what_its_parts_give() -> None:
