@@ -31,6 +31,8 @@ void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end,
                  T* __restrict dvalues) {
   constexpr int w = kLanes<T>;
   for (int64_t r = 0; r < rows; r++, dy += NV * w) {
+    const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
+    prefetch_run(index, dvalues, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
     if (k == stop) continue;

@@ -36,6 +36,8 @@ void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, 
       ST_UNROLL
       for (int v = 0; v < NV; v++) sum[0][v] = broadcast<T>(bias[r]);
     }
+    const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
+    prefetch_run(index, values, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
     for (; k + chains <= stop; k += chains) {
