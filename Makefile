@@ -43,8 +43,10 @@ demo-short: $(VENV)/.demo
 test: $(VENV)/.built
 	$(PY) -m pytest
 
-bench: $(VENV)/.built
-	$(PY) benchmarks/linear.py
+# In an environment of its own, with the other libraries in it; a few minutes.
+bench:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) benchmarks/setup_peers.sh
+	build/peers-venv/bin/python benchmarks/linear.py --quick --peers
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,7 @@ from sparsetrain.recipes.pruning import apply_masks, cubic_sparsity, magnitude_m
 
 #: The first steps of dense and sparse must agree: relative difference of their losses.
 AGREEMENT_STEPS = 5
-AGREEMENT_TOLERANCE = 1e-3
+AGREEMENT_TOLERANCE = 1e-4
 
 CHECKPOINT = "checkpoint.pt"
 
