@@ -96,10 +96,11 @@ def spread(values: Sequence[float]) -> Json:
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Json:
-    """Spread of the per-round ratios. Both lists must come from the same rounds."""
-    if len(numerator) != len(denominator):
-        raise ValueError(f"{len(numerator)} rounds against {len(denominator)}: not one run")
-    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+    """Spread of the per-round ratios. Both lists start at the same round of one run.
+
+    A contestant that is too slow stops after its first rounds: the rounds of both count.
+    """
+    return spread([a / b for a, b in zip(numerator, denominator, strict=False)])
 
 
 # ---------------------------------------------------------------- interleaved timing
@@ -119,6 +120,7 @@ class Turn:
     before: Callable[[], object] | None = None  # untimed, e.g. torch.set_num_threads
     inner: int = 1
     warm: bool = False  # one untimed call at the start of each turn
+    limit: int | None = None  # takes part in the first so many rounds only
     values: list[float] = field(default_factory=list)
     error: str | None = None  # set when the step raised: the contestant is out from then on
 
@@ -128,11 +130,15 @@ class Turn:
             self.step()
         return (time.perf_counter() - start) / inner
 
-    def calibrate(self, turn_s: float) -> None:
-        """Warms up and chooses `inner` so that a turn lasts about `turn_s` seconds."""
+    def calibrate(self, turn_s: float, budget_s: float) -> None:
+        """Warms up and chooses `inner` so that a turn lasts about `turn_s` seconds.
+
+        Who needs more than half the budget for one step gets two rounds, not all of them.
+        """
         if self.before:
             self.before()
         once = self._timed(1)
+        self.limit = 2 if once > budget_s / 2 else None
         if self.gauge or once > 4 * turn_s:  # one call fills a turn, however cold it was
             return
         once = self._timed(1)
@@ -143,6 +149,8 @@ class Turn:
 
     def take(self) -> None:
         """One turn of one round."""
+        if self.limit is not None and len(self.values) >= self.limit:
+            return
         if self.before:
             self.before()
         if self.gauge:
@@ -183,7 +191,7 @@ def interleave(
     gc.disable()
     try:
         for turn in turns:
-            _guarded(turn, partial(turn.calibrate, turn_s))
+            _guarded(turn, partial(turn.calibrate, turn_s, budget_s))
         start, done = time.perf_counter(), 0
         while done < max(min_rounds, max_rounds):
             for turn in turns if done % 2 == 0 else reversed(turns):

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from _harness import Json
 
 PEERS = ("sparseprop", "sparselab")
-KERNELS = ("linear", "linear_grad_input", "linear_grad_values")
+KERNELS = {
+    "linear": "forward",
+    "linear_grad_input": "grad input",
+    "linear_grad_values": "grad values",
+    "linear_backward": "both grads",
+}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,6 +65,9 @@ def judge(measured: Json | None, floor: float, aim: float | None = None, most: b
     return "floor" if sign * measured["median"] >= sign * floor else "MISSED"
 
 
+WHAT = {"x_dense": "forward + backward, x dense", "x_best_peer": "forward + backward, x best peer"}
+
+
 def _verdict(what: str, row: Json, measured: Json | None, floor: float, aim: float | None) -> Json:
     most = what.startswith("tiny")
     return {
@@ -83,12 +91,14 @@ def _row_verdicts(row: Json, limits: Json) -> list[Json]:
         "x_best_peer": row.get("x_best_peer"),
     }
     for what, goal in targets.items():
-        found.append(_verdict(what, row, ratio[what], goal["floor"], goal["aim"]))
+        found.append(_verdict(WHAT[what], row, ratio[what], goal["floor"], goal["aim"]))
     if row["sparsity"] in limits["roofline_sparsities"]:
         for kernel in KERNELS:
             fraction = row["kernels"].get(kernel, {}).get("fraction_of_l1")
             floor = limits["roofline_fraction"]
-            found.append(_verdict(f"{kernel} / L1 ceiling", row, fraction, floor, None))
+            found.append(
+                _verdict(f"{KERNELS[kernel]} kernel / L1 ceiling", row, fraction, floor, None)
+            )
     if row["threads"] == 2 and targets:
         scaling = row.get("scaling", {}).get("sparsetrain")
         found.append(
@@ -223,8 +233,9 @@ def _kernel_table(run: Json) -> str:
             cells.append(median(entry and entry["gflops"]))
             cells.append(with_spread(entry and entry["fraction_of_l1"]))
         rows.append(cells)
-    header = ["layer", "sparsity", "L1 ceiling GF/s", "forward GF/s", "of L1"]
-    header += ["grad input GF/s", "of L1", "grad values GF/s", "of L1"]
+    header = ["layer", "sparsity", "L1 ceiling GF/s"]
+    for shown in KERNELS.values():
+        header += [f"{shown} GF/s", "of L1"]
     return table(header, rows) if rows else ""
 
 
@@ -384,6 +395,7 @@ def memory_sections(data: Json) -> list[tuple[str, str]]:
     header = ["layer", "input MiB", "outputs and gradients MiB", "peak of the step MiB"]
     peaks = table([*header, "beyond them MiB", "verdict"], rows)
     return [
+        ("Machine", environment_lines(data["environment"])),
         ("Resident bytes per nonzero, added up", exact),
         ("Resident bytes per nonzero, of a process", measured),
         ("What backward keeps", saved),

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from _ceilings import Ceilings
     from _contestants import Contestant
 
+# Operator: how many of the three sparse products it does. Training calls the first and the last.
+KERNELS = {"linear": 1, "linear_grad_input": 1, "linear_grad_values": 1, "linear_backward": 2}
+SETTLE_S = 0.01  # an idle GNU OpenMP worker spins for some milliseconds; each peer brings a runtime
 LEVELS_PER_ROUND = ("registers", "L2", "L3", "memory")  # L1 is taken around every kernel
 
 
@@ -151,7 +154,7 @@ class Bench:
         return turns
 
     def kernels(self) -> dict[str, Callable[[], object]]:
-        """The three operators of sparsetrain, called directly: no module, no autograd."""
+        """The operators of sparsetrain (keys: KERNELS) called alone: no module, no autograd."""
         import torch
 
         if not self.usable("sparsetrain"):
@@ -167,6 +170,9 @@ class Bench:
             ),
             "linear_grad_values": lambda: ops.linear_grad_values(
                 self.grad, x, crow, col, key, True
+            ),
+            "linear_backward": lambda: ops.linear_backward(
+                self.grad, x, values, crow, col, key, True
             ),
         }
 
@@ -190,13 +196,13 @@ def roofline_turns(bench: Bench, ceilings: Ceilings) -> list[Turn]:
 def kernel_results(turns: dict[str, list[float]], flops: float) -> Json:
     """GF/s and fraction of the two L1 bursts around it, round by round, for every kernel."""
     results: Json = {}
-    for number, name in enumerate(("linear", "linear_grad_input", "linear_grad_values")):
+    for number, (name, products) in enumerate(KERNELS.items()):
         seconds = turns.get(name)
         if not seconds:
             continue
         around = zip(turns[f"L1 {number}"], turns[f"L1 {number + 1}"], strict=True)
         l1 = [(a + b) / 2 for a, b in around]
-        gflops = [flops / s / 1e9 for s in seconds]
+        gflops = [products * flops / s / 1e9 for s in seconds]
         results[name] = {
             "ms": spread([1e3 * s for s in seconds]),
             "gflops": spread(gflops),
@@ -219,7 +225,7 @@ def scaling(bench: Bench, ceilings: Ceilings, args: argparse.Namespace) -> Json:
         step = _bind(ceilings.gflops, "L1", count)
         turns.append(Turn(f"L1@{count}", step, gauge=True))
     budget = args.budget / 2
-    interleave(turns, budget_s=budget, min_rounds=3, turn_s=args.turn, settle_s=0.005)
+    interleave(turns, budget_s=budget, min_rounds=3, turn_s=args.turn, settle_s=SETTLE_S)
     torch.set_num_threads(bench.threads)
     values = {turn.name: turn.values for turn in turns}
     result = {
@@ -249,7 +255,7 @@ def measure(case: Case, ceilings: Ceilings, shapes: Json, args: argparse.Namespa
             budget_s=args.budget,
             min_rounds=args.min_rounds,
             turn_s=args.turn,
-            settle_s=0.005 if threads > 1 else 0.0,
+            settle_s=SETTLE_S if threads > 1 else 0.0,
         )
     values = {turn.name: turn.values for turn in turns if turn.values}
     for turn in turns:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,8 +164,16 @@ def test_a_crash_ends_one_contestant_only() -> None:
 def test_ratios_pair_the_times_of_one_round() -> None:
     slow_then_fast = _harness.ratios([8.0, 4.0, 2.0], [4.0, 2.0, 1.0])
     assert slow_then_fast == {"median": 2.0, "p25": 2.0, "p75": 2.0, "rounds": 3}
-    with pytest.raises(ValueError, match="not one run"):
-        _harness.ratios([1.0], [1.0, 2.0])
+    assert _harness.ratios([3.0, 9.0], [1.0])["rounds"] == 1
+
+
+def test_a_hopelessly_slow_contestant_gets_two_rounds() -> None:
+    turns = [
+        _harness.Turn("fast", lambda: None),
+        _harness.Turn("slow", lambda: time.sleep(0.006)),
+    ]
+    _harness.interleave(turns, budget_s=0.01, min_rounds=4, turn_s=1e-5)
+    assert [len(turn.values) for turn in turns] == [4, 2]
 
 
 @pytest.mark.parametrize(
