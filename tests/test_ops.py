@@ -34,7 +34,13 @@ from helpers import (
     threads,
 )
 from sparsetrain import _native
-from sparsetrain.ops import linear, linear_grad_input, linear_grad_values, sparse_linear
+from sparsetrain.ops import (
+    linear,
+    linear_backward,
+    linear_grad_input,
+    linear_grad_values,
+    sparse_linear,
+)
 from sparsetrain.pattern import SparsePattern
 from sparsetrain.reference import masked_linear
 
@@ -64,7 +70,13 @@ def check_all_products(case: Case) -> None:
     alone, nothing = linear_grad_values(case.grad, case.x, *topology, False)
     assert torch.equal(alone, dvalues)
     assert nothing.shape == (0,)
-    for result in (y, dx, dvalues, dbias):
+    dx_too, dvalues_too, dbias_too = linear_backward(
+        case.grad, case.x, case.values, *topology, True
+    )
+    assert_within_rounding(dx_too, exact_grad_input(case.grad, case.values, pattern), "dx")
+    assert_within_rounding(dvalues_too, exact_grad_values(case.grad, case.x, pattern), "dvalues")
+    assert_within_rounding(dbias_too, exact_grad_bias(case.grad), "dbias")
+    for result in (y, dx, dvalues, dbias, dx_too, dvalues_too, dbias_too):
         assert result.is_contiguous()
         assert result.dtype == case.values.dtype
 
@@ -193,6 +205,9 @@ def test_a_corrupted_nonzero_is_caught(dtype: torch.dtype) -> None:
         (linear_grad_input(case.grad, wrong_values, *case.topology, 30), grad_input),
         (linear_grad_input(case.grad, case.values, *wrong_topology, 30), grad_input),
         (linear_grad_values(case.grad, case.x, *wrong_topology, False)[0], grad_values),
+        (linear_backward(case.grad, case.x, wrong_values, *case.topology, False)[0], grad_input),
+        (linear_backward(case.grad, case.x, case.values, *wrong_topology, False)[0], grad_input),
+        (linear_backward(case.grad, case.x, case.values, *wrong_topology, False)[1], grad_values),
     ]
     for actual, exact in corrupted:
         with pytest.raises(AssertionError, match="allowed is"):
@@ -318,9 +333,15 @@ def test_only_the_wanted_gradients_are_computed(needs: tuple[bool, bool, bool]) 
     y = sparse_linear(*leaves, case.pattern)
     with CountOps() as ops:
         actual = torch.autograd.grad(y, wanted, case.grad)
-    needs_x, needs_values, _ = needs
-    expected_ops = ["linear_grad_input"] * needs_x + ["linear_grad_values"] * needs_values
-    assert ops.names == expected_ops
+    assert (
+        ops.names
+        == {
+            (True, True): ["linear_backward"],
+            (True, False): ["linear_grad_input"],
+            (False, True): ["linear_grad_values"],
+            (False, False): [],
+        }[needs[:2]]
+    )
     expected = torch.autograd.grad(masked_linear(*leaves, case.pattern), wanted, case.grad)
     torch.testing.assert_close(actual, expected)
 
@@ -381,6 +402,12 @@ def test_gradients_of_the_gradient_operations(bias: bool) -> None:
         results = linear_grad_values(grad, x, *case.topology, bias)
         return results if bias else results[0]
 
+    def backward(grad: Tensor, x: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        op = torch.ops.sparsetrain.linear_backward
+        return tuple(op(grad, x, values, *case.topology, bias)[: 2 + bias])
+
+    assert torch.autograd.gradcheck(backward, (case.grad, case.x, case.values))
+    assert torch.autograd.gradgradcheck(backward, (case.grad, case.x, case.values))
     for f, inputs in ((grad_input, (case.grad, case.values)), (grad_values, (case.grad, case.x))):
         assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, inputs)
@@ -391,7 +418,9 @@ def test_gradients_of_the_gradient_operations(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("op", ["linear", "linear_no_bias", "grad_input", "grad_values", "no_bias"])
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_no_bias", "grad_input", "grad_values", "no_bias", "backward"]
+)
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     case = make_case(random_mask(6, 5, 0.5, seed=18), 3, dtype).require_grad()
     case.grad.requires_grad_()
@@ -401,6 +430,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
         "linear_no_bias": (ops.linear, (case.x, case.values, None, *case.topology)),
         "grad_input": (ops.linear_grad_input, (case.grad, case.values, *case.topology, 5)),
         "grad_values": (ops.linear_grad_values, (case.grad, case.x, *case.topology, True)),
+        "backward": (ops.linear_backward, (case.grad, case.x, case.values, *case.topology, True)),
         "no_bias": (ops.linear_grad_values, (case.grad, case.x, *case.topology, False)),
     }
     torch.library.opcheck(calls[op][0].default, calls[op][1])

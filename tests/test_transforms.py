@@ -24,7 +24,13 @@ from helpers import (
     random_mask,
     threads,
 )
-from sparsetrain.ops import linear, linear_grad_input, linear_grad_values, sparse_linear
+from sparsetrain.ops import (
+    linear,
+    linear_backward,
+    linear_grad_input,
+    linear_grad_values,
+    sparse_linear,
+)
 from sparsetrain.pattern import SparsePattern
 from sparsetrain.reference import masked_linear
 
@@ -108,6 +114,22 @@ def test_vmap_over_samples_is_one_product() -> None:
     with CountOps() as ops:
         torch.vmap(lambda x: sparse_linear(x, v, b, pattern))(x)
     assert ops.names == ["linear"]
+
+
+def test_vmap_over_the_registered_operations() -> None:
+    case = small_case()
+    grads, xs = torch.stack([case.grad, case.grad + 1]), torch.stack([case.x, case.x * 2])
+    both = torch.ops.sparsetrain.linear_backward
+    mapped = torch.vmap(lambda g, x: both(g, x, case.values, *case.topology, True))(grads, xs)
+    each = [both(g, x, case.values, *case.topology, True) for g, x in zip(grads, xs, strict=True)]
+    torch.testing.assert_close(
+        mapped, tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    )
+
+
+def test_vmap_over_nothing() -> None:
+    none = torch.vmap(lambda v: sparse_linear(x, v, b, pattern))(v.new_empty(0, v.numel()))
+    assert none.shape == (0, 3, 5)
 
 
 def test_vmap_over_a_pattern_raises() -> None:
@@ -295,7 +317,9 @@ def test_inference_mode() -> None:
 def all_products(case: Case) -> list[Tensor]:
     y = linear(case.x, case.values, case.bias, *case.topology)
     dx = linear_grad_input(case.grad, case.values, *case.topology, case.pattern.shape[1])
-    return [y, dx, *linear_grad_values(case.grad, case.x, *case.topology, True)]
+    grads = linear_grad_values(case.grad, case.x, *case.topology, True)
+    both = linear_backward(case.grad, case.x, case.values, *case.topology, True)
+    return [y, dx, *grads, *both]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
