@@ -16,16 +16,15 @@ SOURCES := CMakeLists.txt $(wildcard csrc/*/*)
 setup: $(VENV)/.built
 
 # The environment: torch first, so that nothing below pulls another one.
-$(VENV)/.ready: pyproject.toml Makefile
+$(VENV)/.ready: Makefile
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) "scikit-build-core>=1.1,<2" "cmake>=3.25" ninja
-	$(PIP) --no-build-isolation --editable ".[dev,recipes]" "transformers==4.57.3"
-	touch $@ $(VENV)/.built
+	touch $@
 
-# After a change in csrc/ only the extension is built again.
-$(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps --editable .
+# The package, editable, and what its extras name; anew after a change in csrc/.
+$(VENV)/.built: $(VENV)/.ready pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[dev,recipes]" transformers==4.57.3
 	touch $@
 
 # The model and the texts of the demo (their own dependencies are not needed to read files).
