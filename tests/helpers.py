@@ -19,8 +19,8 @@ from sparsetrain.reference import row_indices, scatter
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # |computed - exact| <= BOUND * eps * sum |a||b|, the sum taken over the same terms. Worst seen, on
-# any instruction set: float32 1.9, float64 2.4 (which counts the rounding of the reference too), and
-# 4.9 where 37 equal terms are summed, so that all roundings go one way; bfloat16 0.5, which sums in
+# any instruction set: float32 1.9, float64 2.4 (with the rounding of the reference in it), and 4.9
+# where 37 equal terms are summed, so that all roundings go one way; bfloat16 0.5, which sums in
 # float32 and rounds once, at the end.
 BOUND = {torch.float32: 8.0, torch.float64: 8.0, torch.bfloat16: 1.0}
 
