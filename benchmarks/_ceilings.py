@@ -66,9 +66,9 @@ class Ceilings:
         memory = min(256 << 20, max(64 << 20, 3 * size["L3"]))
         return {"registers": 0, "L1": l1, "L2": l2, "L3": l3, "memory": memory}
 
-    def _call(self, level: str, rounds: int, threads: int) -> float:
-        index = LEVELS.index(level)
-        rate = float(self._library.ceiling(index, self.bytes[level], rounds, threads))
+    def _call(self, level: str, rounds: int, threads: int, cpu_time: bool = True) -> float:
+        index, size = LEVELS.index(level), self.bytes[level]
+        rate = float(self._library.ceiling(index, size, rounds, threads, int(cpu_time)))
         if rate <= 0:
             raise RuntimeError(f"ceiling {level!r} with {threads} threads gave {rate}")
         return rate
@@ -81,6 +81,12 @@ class Ceilings:
             rounds = max(1, round(burst_s * rate / flops))
         return rounds
 
-    def gflops(self, level: str = "L1", threads: int | None = None) -> float:
-        """One burst now. threads: how many run it at once (default: those of the object)."""
-        return self._call(level, self._rounds[level], threads or self.threads) / 1e9
+    def gflops(
+        self, level: str = "L1", threads: int | None = None, cpu_time: bool = False
+    ) -> float:
+        """One burst now: the rates of all threads added up.
+
+        threads: how many run it at once (default: those of the object). cpu_time: by each thread's
+        own CPU time, which leaves out what other processes took from it.
+        """
+        return self._call(level, self._rounds[level], threads or self.threads, cpu_time) / 1e9

@@ -110,8 +110,9 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Json:
 class Turn:
     """One contestant. Its `values` get one entry per round.
 
-    A timed contestant's value is the mean time in seconds of `inner` calls of `step`. A gauge's
-    value is what one call of `step` returns (a ceiling, in GF/s).
+    A timed contestant's value is the mean time in seconds of `inner` calls of `step`; `cpu` holds
+    the same in CPU time of this process, which another process's time slices do not lengthen. A
+    gauge's value is what one call of `step` returns (a ceiling, in GF/s).
     """
 
     name: str
@@ -122,6 +123,7 @@ class Turn:
     warm: bool = False  # one untimed call at the start of each turn
     limit: int | None = None  # takes part in the first so many rounds only
     values: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     error: str | None = None  # set when the step raised: the contestant is out from then on
 
     def _timed(self, inner: int) -> float:
@@ -158,7 +160,9 @@ class Turn:
             return
         if self.warm:
             self.step()
+        used = time.process_time()
         self.values.append(self._timed(self.inner))
+        self.cpu.append((time.process_time() - used) / self.inner)
 
 
 def _guarded(turn: Turn, action: Callable[[], None]) -> None:
@@ -207,6 +211,7 @@ def interleave(
     for turn in turns:
         if turn.error:
             turn.values.clear()
+            turn.cpu.clear()
     return done
 
 

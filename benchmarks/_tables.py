@@ -173,6 +173,8 @@ def _main_table(run: Json) -> str:
         "verdict",
     ]
     header += ["best peer", "x best peer", "floor / aim", "verdict"]
+    if run["threads"] == 1:
+        header += ["CPU time: x dense", "x best peer"]
     rows = []
     for row in run["rows"]:
         entries, targets = row["contestants"], row["targets"]
@@ -183,6 +185,8 @@ def _main_table(run: Json) -> str:
         cells += [row.get("best_peer", "-"), with_spread(row.get("x_best_peer"))]
         cells += [_goal(targets.get("x_best_peer"))]
         cells.append(_judged(row.get("x_best_peer"), targets.get("x_best_peer")))
+        if run["threads"] == 1:
+            cells += [median(row["cpu_time"].get(what)) for what in ("x_dense", "x_best_peer")]
         rows.append(cells)
     return table(header, rows)
 
