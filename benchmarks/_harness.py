@@ -69,8 +69,9 @@ def load_toml(path: Path) -> Json:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-    return tomllib.loads(path.read_text())
+        import tomli as tomllib  # type: ignore
+    shapes: Json = tomllib.loads(path.read_text())
+    return shapes
 
 
 # ---------------------------------------------------------------- statistics

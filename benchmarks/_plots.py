@@ -15,11 +15,21 @@ STYLES = {"sparsetrain": ("C0", "o"), "sparseprop": ("C1", "s"), "sparselab": ("
 SPEEDUPS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
+def _place(sparsity: float) -> float:
+    """Where a sparsity stands on an axis that is linear in log(density)."""
+    return -math.log10(1 - sparsity)
+
+
 def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """Sparsity where the speedup crosses 1 (log-linear between points), None if it never does."""
+    """Sparsity where the speedup crosses 1, None if it never does.
+
+    points: (sparsity, speedup), sorted. Between two of them log(speedup) is taken as linear in
+    log(density), which is a straight line in the plot.
+    """
     for (s0, r0), (s1, r1) in itertools.pairwise(points):
         if r0 < 1 <= r1:
-            return s0 + (s1 - s0) * math.log(1 / r0) / math.log(r1 / r0)
+            part = math.log(1 / r0) / math.log(r1 / r0)
+            return float(1 - 10 ** -(_place(s0) + part * (_place(s1) - _place(s0))))
     return None
 
 
@@ -30,11 +40,6 @@ def _curve(run: Json, layer: str, name: str) -> list[tuple[float, float]]:
         if row["layer"] == layer and "x_dense" in entry:
             points.append((row["sparsity"], entry["x_dense"]["median"]))
     return sorted(points)
-
-
-def _place(sparsity: float) -> float:
-    """Where a sparsity stands on an axis that is linear in log(density)."""
-    return -math.log10(1 - sparsity)
 
 
 def _panel(panel: Any, run: Json, layer: str) -> None:

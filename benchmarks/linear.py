@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import _tables
 from _harness import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Operator: how many of the three sparse products it does. Training calls the first and the last.
 KERNELS = {"linear": 1, "linear_grad_input": 1, "linear_grad_values": 1, "linear_backward": 2}
-# An idle GNU OpenMP worker spins for about 10 ms of CPU (measured), and each peer may bring its own.
+# An idle GNU OpenMP worker spins for about 10 ms (measured), and a peer may bring a runtime.
 SETTLE_S = 0.015
 LEVELS_PER_ROUND = ("registers", "L2", "L3", "memory")  # L1 is taken around every kernel
 
@@ -160,7 +160,7 @@ class Bench:
 
         if not self.usable("sparsetrain"):
             return {}
-        layer = self.layers["sparsetrain"].layer
+        layer: Any = self.layers["sparsetrain"].layer
         x, values, bias = self.x.detach(), layer.values.detach(), layer.bias.detach()
         crow, col = layer.pattern.crow_indices, layer.pattern.col_indices
         key, width, ops = layer.pattern.key, self.case.in_features, torch.ops.sparsetrain

@@ -77,10 +77,10 @@ def account(name: str, width: int, out: int, sparsity: float, batch: int = 64) -
     from sparsetrain import SparsePattern
     from sparsetrain.nn import SparseLinear
 
-    layer = SparseLinear(width, out, pattern=SparsePattern.random((out, width), sparsity, seed=0))
+    pattern = SparsePattern.random((out, width), sparsity, seed=0)
+    layer: Any = SparseLinear(width, out, pattern=pattern)
     x = torch.randn(batch, width, requires_grad=True)
     layer(x).sum().backward()
-    pattern = layer.pattern
     bias = layer.bias.numel() * layer.bias.element_size() * 2
     parts = {
         "values": layer.values.untyped_storage().nbytes(),

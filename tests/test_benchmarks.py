@@ -187,7 +187,7 @@ def test_verdicts(median: float, most: bool, expected: str) -> None:
 
 
 def test_break_even_is_where_the_speedup_passes_one() -> None:
-    assert _plots.break_even([(0.0, 0.5), (0.5, 2.0)]) == pytest.approx(0.25)
+    assert _plots.break_even([(0.0, 0.5), (0.75, 2.0)]) == pytest.approx(0.5)
     assert _plots.break_even([(0.0, 1.5), (0.5, 2.0)]) is None
     assert _plots.break_even([]) is None
 
