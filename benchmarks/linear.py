@@ -392,7 +392,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for sparsity in args.sparsity or []:
         if not 0 <= sparsity < 1:
             parser.error(f"--sparsity: got {sparsity}, must be in [0, 1), e.g. 0.9")
-    args.budget = args.budget or (2.0 if args.quick else 7.0)
+    args.budget = args.budget or (2.0 if args.quick else 5.0)
     args.min_rounds = 3 if args.quick else 5
     args.turn = 0.01 if args.quick else 0.03
     return args
