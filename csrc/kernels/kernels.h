@@ -89,12 +89,52 @@ struct LinearBackward {
   Parallel parallel;
 };
 
+// A 2-D convolution with zero padding, as torch.nn.Conv2d counts; index 0 is vertical.
+// The pattern is over weight.reshape(out_channels, in_channels / groups * kernel[0] * kernel[1]).
+struct ConvShape {
+  int64_t batch, in_channels, in_size[2];
+  int64_t out_channels, out_size[2];
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t groups;
+};
+
+// y = conv(x, W) + bias
+//   x: (batch, in_channels, in_size), y: (batch, out_channels, out_size), both contiguous; y is
+//   written in full; values: (nnz); bias: (out_channels) or null
+struct ConvForward {
+  DType dtype;
+  const Plan* plan;
+  ConvShape shape;
+  const void* x;
+  const void* values;
+  const void* bias;
+  void* y;
+  Parallel parallel;
+};
+
+// The gradients of the above; dx, dvalues, dbias as in LinearBackward.
+//   dy: (batch, out_channels, out_size), contiguous; x as above, or null without dvalues
+struct ConvBackward {
+  DType dtype;
+  const Plan* plan;
+  ConvShape shape;
+  const void* dy;
+  const void* x;
+  const void* values;
+  void* dx;
+  void* dvalues;
+  void* dbias;
+  Parallel parallel;
+};
+
 // One row per instruction set; all rows give results that differ by rounding only.
 struct KernelTable {
   const char* isa;
   bool (*supported)();  // by this CPU
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
+  void (*conv_forward)(const ConvForward&);
+  void (*conv_backward)(const ConvBackward&);
 };
 
 // Best first; the last one is supported everywhere. A null pointer ends the list.

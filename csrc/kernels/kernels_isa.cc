@@ -1,5 +1,6 @@
 // Compiled once per instruction set, each time with other flags and another SPARSETRAIN_ISA_NAME.
 // Everything but the table is in anonymous namespaces: no symbol may be shared between sets.
+#include "conv-inl.h"
 #include "linear-inl.h"
 
 #define ST_CAT_(a, b) a##b
@@ -10,21 +11,17 @@
 namespace sparsetrain {
 namespace {
 
-template <class Args>
-void by_dtype(const Args& a, void (*f32)(const Args&), void (*f64)(const Args&),
-              void (*b16)(const Args&)) {
-  switch (a.dtype) {
-    case DType::f32: return f32(a);
-    case DType::f64: return f64(a);
-    case DType::bf16: return b16(a);
+#define ST_BY_DTYPE(name, Args)                        \
+  void name##_any(const Args& a) {                     \
+    if (a.dtype == DType::f32) return name<float>(a);  \
+    if (a.dtype == DType::f64) return name<double>(a); \
+    return name<bf16>(a);                              \
   }
-}
-void forward(const LinearForward& a) {
-  by_dtype(a, linear_forward<float>, linear_forward<double>, linear_forward<bf16>);
-}
-void backward(const LinearBackward& a) {
-  by_dtype(a, linear_backward<float>, linear_backward<double>, linear_backward<bf16>);
-}
+ST_BY_DTYPE(linear_forward, LinearForward)
+ST_BY_DTYPE(linear_backward, LinearBackward)
+ST_BY_DTYPE(conv_forward, ConvForward)
+ST_BY_DTYPE(conv_backward, ConvBackward)
+
 bool supported() {
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("x86-64-v4");
@@ -37,7 +34,11 @@ bool supported() {
 
 }  // namespace
 
-extern const KernelTable ST_CAT(kTable_, SPARSETRAIN_ISA_NAME) = {
-    ST_STRING(SPARSETRAIN_ISA_NAME), supported, forward, backward};
+extern const KernelTable ST_CAT(kTable_, SPARSETRAIN_ISA_NAME) = {ST_STRING(SPARSETRAIN_ISA_NAME),
+                                                                  supported,
+                                                                  linear_forward_any,
+                                                                  linear_backward_any,
+                                                                  conv_forward_any,
+                                                                  conv_backward_any};
 
 }  // namespace sparsetrain

@@ -13,8 +13,8 @@
 namespace sparsetrain {
 namespace {
 
-// Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass. Large, since the tile of
-// x streams by once for each chunk of rows: 768 rows rather than 128 were 1.05-1.2 times faster.
+// Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass. Large, since the tile
+// of x streams by once for each chunk of rows: 768 rows rather than 128 were 1.05-1.2 times faster.
 constexpr int64_t kChunkBytes = 192 << 10;
 // Columns packed by one worker at a time, when several share a tile.
 constexpr int64_t kPackColumns = 128;
@@ -55,6 +55,12 @@ ST_INLINE void with_vectors(int nv, const F& f) {
   if (nv == 2) return f(std::integral_constant<int, 2>{});
   return f(std::integral_constant<int, 1>{});
 }
+// The widest compiled tile of at most nv vectors.
+ST_INLINE int tile_at_most(int nv) {
+  if (nv >= 8 && kWideTile == 8) return 8;
+  if (nv >= 6 && kWideTile == 8) return 6;
+  return nv < 4 ? nv : 4;
+}
 // Samples that such a tile has room for.
 template <class T>
 ST_INLINE int64_t tile_lanes(int nv) {
@@ -77,8 +83,7 @@ class Widened {
       : scratch_(sizeof(S) != sizeof(T) && values ? count : 0),
         data_(static_cast<const T*>(values)) {
     if (sizeof(S) == sizeof(T) || !values) return;
-    for (int64_t k = 0; k < count; k++)
-      scratch_.get()[k] = widen(static_cast<const S*>(values)[k]);
+    for (int64_t k = 0; k < count; k++) scratch_.get()[k] = widen(static_cast<const S*>(values)[k]);
     data_ = scratch_.get();
   }
   const T* get() const { return data_; }
@@ -140,8 +145,9 @@ struct Product {
       constexpr int NV = decltype(n)::value;
       with_index(side, [&](auto* index) {
         for (int64_t b = 0; b < side.blocks; b++)
-          spmm_block<T, NV>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index,
-                            values, tile, chunk, bias ? bias + r0 : nullptr, b == 0);
+          spmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0,
+                                            r1 - r0, index, values, tile, chunk,
+                                            bias ? bias + r0 : nullptr, b == 0);
       });
       unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);
     });
@@ -205,8 +211,8 @@ struct Gradient {
       if (dbias) sum_rows<T, NV>(dy, r1 - r0, dbias + r0);
       with_index(side, [&](auto* index) {
         for (int64_t b = 0; b < side.blocks; b++)
-          sddmm_block<T, NV>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, x,
-                             dy, dvalues);
+          sddmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0,
+                                             r1 - r0, index, x, dy, NV * kLanes<T>, dvalues);
       });
     });
   }
@@ -248,8 +254,7 @@ void backward(const Product<S>* product, const Gradient<S>& gradient, const Matr
     };
     auto pack_x = [&](int64_t i) {
       const int64_t t = i / x_parts, c = i % x_parts * kPackColumns;
-      pack<S>(tiling, x, t0 + t, c, least(c + kPackColumns, side.cols),
-              x_tiles.get() + t * x_size);
+      pack<S>(tiling, x, t0 + t, c, least(c + kPackColumns, side.cols), x_tiles.get() + t * x_size);
     };
     auto take_dx = [&](int worker, int64_t t) {
       product->all_rows(t0 + t, dy_tiles.get() + t * dy_size, chunks.get() + worker * chunk_size);
@@ -258,8 +263,8 @@ void backward(const Product<S>* product, const Gradient<S>& gradient, const Matr
       const int64_t r = i * step, end = least(r + step, side.rows);
       for (int64_t t = 0; t < n; t++) {
         const int64_t width = tile_lanes<T>(tiling.vectors(t0 + t));
-        gradient.rows(t0 + t, dy_tiles.get() + t * dy_size + r * width,
-                      x_tiles.get() + t * x_size, r, end);
+        gradient.rows(t0 + t, dy_tiles.get() + t * dy_size + r * width, x_tiles.get() + t * x_size,
+                      r, end);
       }
     };
     const int64_t dx_items = product ? n : 0;
@@ -291,8 +296,7 @@ void linear_forward(const LinearForward& a) {
 }
 
 template <class S>
-void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling,
-                 const Product<S>* product) {
+void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling, const Product<S>* product) {
   typedef Sum<S> T;
   const Side& side = a.plan->forward();
   S* dvalues = static_cast<S*>(a.dvalues);

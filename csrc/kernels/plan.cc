@@ -1,21 +1,13 @@
 #include "plan.h"
 
+#include "conv_plan.h"
+
 #include <algorithm>
 #include <cstring>
 
 namespace sparsetrain {
 
 namespace {
-
-// Columns per block. A block of the packed tile should stay near L1 (192 columns x 4 vectors are
-// 24 KiB with 256-bit vectors, 48 with 512-bit ones) yet give each row enough nonzeros to pay for
-// loading and storing its sums. Measured on 768 -> 3072 (fraction of the L1 roofline, 512-bit):
-// 95 %: 192 columns 0.56, 768 columns 0.54; 98 %: 192 columns 0.46, 384 0.53, 768 0.52.
-constexpr int64_t kBlockColumns = 192;
-constexpr double kNonzerosPerCell = 7.5;
-// From this density on, tiles are twice as wide and blocks half: at 50 % that is 1.3 times faster,
-// since half as much of the pattern streams by; at 20 % it is 0.85.
-constexpr double kWideDensity = 0.35;
 
 // Column numbers of up to this many columns take 16 bits.
 constexpr int64_t kShortIndex = 65536;
@@ -25,6 +17,10 @@ double density_of(const Side& side) {
   return size > 0 ? static_cast<double>(side.nnz) / size : 0;
 }
 
+// Columns per block. A block of the packed tile should stay near L1 (192 columns x 4 vectors are
+// 24 KiB with 256-bit vectors, 48 with 512-bit ones) yet give each row enough nonzeros to pay for
+// loading and storing its sums. Measured on 768 -> 3072 (fraction of the L1 roofline, 512-bit):
+// 95 %: 192 columns 0.56, 768 columns 0.54; 98 %: 192 columns 0.46, 384 0.53, 768 0.52.
 int64_t count_blocks(const Side& side) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? kBlockColumns / 2 : kBlockColumns;
@@ -87,17 +83,30 @@ void transpose_pattern(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t*
   transpose_into(p, tcrow, tcol, perm);
 }
 
-Plan::Plan(const Pattern& pattern) : pattern_(pattern) {
-  forward_.rows = pattern.rows;
-  forward_.cols = pattern.cols;
-  forward_.nnz = pattern.nnz;
-  forward_.row_begin = pattern.crow;
-  forward_.index32 = pattern.col;
-  cut(&forward_, pattern.col);
-  if (pattern.cols > kShortIndex) return;
-  forward_.index16.reset(new uint16_t[pattern.nnz]);
-  for (int64_t k = 0; k < pattern.nnz; k++)
-    forward_.index16[k] = static_cast<uint16_t>(pattern.col[k]);
+Plan::Plan(const Pattern& pattern) : pattern_(pattern) {}
+
+double Plan::density() const {
+  const double size = static_cast<double>(pattern_.rows) * static_cast<double>(pattern_.cols);
+  return size > 0 ? static_cast<double>(pattern_.nnz) / size : 0;
+}
+
+const Side& Plan::forward() const {
+  std::call_once(forward_once_, [this] { build_forward(); });
+  return forward_;
+}
+
+void Plan::build_forward() const {
+  const Pattern& p = pattern_;
+  Side& side = forward_;
+  side.rows = p.rows;
+  side.cols = p.cols;
+  side.nnz = p.nnz;
+  side.row_begin = p.crow;
+  side.index32 = p.col;
+  cut(&side, p.col);
+  if (p.cols > kShortIndex) return;
+  side.index16.reset(new uint16_t[p.nnz]);
+  for (int64_t k = 0; k < p.nnz; k++) side.index16[k] = static_cast<uint16_t>(p.col[k]);
 }
 
 const Side& Plan::transposed() const {
@@ -129,6 +138,10 @@ size_t Plan::bytes() const {
   size_t bytes = sizeof(Plan) + forward_.bytes() + transposed_.bytes();
   if (trow_begin_) bytes += sizeof(int32_t) * (pattern_.cols + 1);
   if (tindex32_) bytes += sizeof(int32_t) * pattern_.nnz;
+  for (ConvSlot& slot : conv_slots_) {
+    const std::lock_guard<std::mutex> lock(slot.mutex);
+    if (slot.side) bytes += slot.side->bytes();
+  }
   return bytes;
 }
 

@@ -1,6 +1,7 @@
 // A pattern in the form the kernels read: the pattern as given and its transpose, each cut into
 // column blocks. No permutation of the values is kept: values_to_transposed finds their places by
-// counting, as fast as a gather would, and 4 bytes per nonzero are saved. Everything here is derived from the pattern alone, in O(nnz), and can be rebuilt.
+// counting, as fast as a gather would, and 4 bytes per nonzero are saved. Everything here is
+// derived from the pattern alone, in O(nnz), and can be rebuilt.
 #pragma once
 
 #include <cstdint>
@@ -34,19 +35,40 @@ struct Side {
   }
 };
 
+struct ConvSide;  // conv_plan.h
+
+// From this density on, tiles are twice as wide and blocks half: at 50 % that is 1.3 times faster,
+// since half as much of the pattern streams by; at 20 % it is 0.85.
+constexpr double kWideDensity = 0.35;
+// Rows of a block should have this many nonzeros, to pay for loading and storing their sums.
+constexpr double kNonzerosPerCell = 7.5;
+// A block of the operand fits this many columns of a narrow tile.
+constexpr int64_t kBlockColumns = 192;
+
 class Plan {
  public:
   explicit Plan(const Pattern& pattern);
   const Pattern& pattern() const { return pattern_; }
-  const Side& forward() const { return forward_; }
-  const Side& transposed() const;  // built by the first call, from any thread
+  const Side& forward() const;     // built by the first call, from any thread
+  const Side& transposed() const;  // likewise
+  double density() const;
   size_t bytes() const;
 
+  // The last convolution computed with this pattern, by direction (see conv_plan.h).
+  struct ConvSlot {
+    std::mutex mutex;
+    std::shared_ptr<const ConvSide> side;
+  };
+  ConvSlot& conv_slot(bool transposed) const { return conv_slots_[transposed]; }
+
  private:
+  void build_forward() const;
   void build_transposed() const;
 
   Pattern pattern_;
-  Side forward_;
+  mutable std::once_flag forward_once_;
+  mutable Side forward_;
+  mutable ConvSlot conv_slots_[2];
   mutable std::once_flag transposed_once_;
   mutable Side transposed_;
   mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_;

@@ -8,13 +8,13 @@ namespace sparsetrain {
 namespace {
 
 // G nonzeros of one row at once: G independent sums, folded together. dy stays in registers.
-template <class T, int NV, int G, class I>
+template <class T, int NV, int Unit, int G, class I>
 ST_INLINE void sddmm_group(const Vec<T>* dy, const I* index, const T* x, T* dvalues) {
   constexpr int w = kLanes<T>;
   Vec<T> sum[G];
   ST_UNROLL
   for (int g = 0; g < G; g++) {
-    const T* p = x + static_cast<int64_t>(index[g]) * (NV * w);
+    const T* p = x + static_cast<int64_t>(index[g]) * Unit;
     sum[g] = dy[0] * load<T>(p);
     ST_UNROLL
     for (int v = 1; v < NV; v++) sum[g] += dy[v] * load<T>(p + v * w);
@@ -23,14 +23,15 @@ ST_INLINE void sddmm_group(const Vec<T>* dy, const I* index, const T* x, T* dval
 }
 
 // One column block for `rows` consecutive rows.
-//   begin, end, index, x: as in spmm_block; dy: tile of these rows (rows x NV * lanes, aligned)
+//   begin, end, index, x, Unit: as in spmm_block
+//   dy: NV vectors for each of these rows, aligned, dy_stride elements apart
 //   dvalues: of the whole pattern (nnz)
-template <class T, int NV, class I>
+template <class T, int NV, int Unit, class I>
 void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                  const I* __restrict index, const T* __restrict x, const T* __restrict dy,
-                 T* __restrict dvalues) {
+                 int64_t dy_stride, T* __restrict dvalues) {
   constexpr int w = kLanes<T>;
-  for (int64_t r = 0; r < rows; r++, dy += NV * w) {
+  for (int64_t r = 0; r < rows; r++, dy += dy_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
     int32_t k = begin[r];
@@ -39,12 +40,12 @@ void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end,
     Vec<T> d[NV];
     ST_UNROLL
     for (int v = 0; v < NV; v++) d[v] = load<T>(dy + v * w);
-    for (; k + 8 <= stop; k += 8) sddmm_group<T, NV, 8>(d, index + k, x, dvalues + k);
+    for (; k + 8 <= stop; k += 8) sddmm_group<T, NV, Unit, 8>(d, index + k, x, dvalues + k);
     if (k + 4 <= stop) {
-      sddmm_group<T, NV, 4>(d, index + k, x, dvalues + k);
+      sddmm_group<T, NV, Unit, 4>(d, index + k, x, dvalues + k);
       k += 4;
     }
-    for (; k < stop; k++) sddmm_group<T, NV, 1>(d, index + k, x, dvalues + k);
+    for (; k < stop; k++) sddmm_group<T, NV, Unit, 1>(d, index + k, x, dvalues + k);
   }
 }
 

@@ -8,14 +8,19 @@ namespace {
 
 // Enough independent sums to cover the latency of an FMA: NV * chains >= 8 on two FMA pipes.
 template <int NV>
-constexpr int kChains = NV >= 6 ? 1 : NV >= 3 ? 2 : NV == 2 ? 4 : 8;
+constexpr int kChains = NV >= 6   ? 1
+                        : NV >= 3 ? 2
+                        : NV == 2 ? 4
+                                  : 8;
 
 // One column block for `rows` consecutive rows.
 //   begin, end: rows entries each; row r's nonzeros inside this block are [begin[r], end[r])
-//   index, values: of the whole pattern (nnz); index < features of the tile
-//   x: tile of all features (see pack-inl.h); y: rows x NV * lanes, aligned
+//   index, values: of the whole pattern (nnz); a nonzero reads NV vectors at x + index * Unit
+//   x: aligned, as is Unit. A packed tile (see pack-inl.h) has Unit == NV * lanes and index == the
+//   feature; the strip of a convolution (see conv_plan.h) has Unit == lanes
+//   y: rows x NV * lanes, aligned
 //   bias: rows entries or null; used when `first`, which starts the sums instead of loading them
-template <class T, int NV, class I>
+template <class T, int NV, int Unit, class I>
 void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                 const I* __restrict index, const T* __restrict values, const T* __restrict x,
                 T* __restrict y, const T* bias, bool first) {
@@ -43,14 +48,14 @@ void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, 
     for (; k + chains <= stop; k += chains) {
       ST_UNROLL
       for (int h = 0; h < chains; h++) {
-        const T* p = x + static_cast<int64_t>(index[k + h]) * width;
+        const T* p = x + static_cast<int64_t>(index[k + h]) * Unit;
         const Vec<T> value = broadcast<T>(values[k + h]);
         ST_UNROLL
         for (int v = 0; v < NV; v++) sum[h][v] += value * load<T>(p + v * w);
       }
     }
     for (; k < stop; k++) {
-      const T* p = x + static_cast<int64_t>(index[k]) * width;
+      const T* p = x + static_cast<int64_t>(index[k]) * Unit;
       const Vec<T> value = broadcast<T>(values[k]);
       ST_UNROLL
       for (int v = 0; v < NV; v++) sum[0][v] += value * load<T>(p + v * w);

@@ -1,0 +1,462 @@
+// Convolutions: strips of pixels (see conv_plan.h) through the same sparse products as the linear
+// layer's tiles.
+#pragma once
+
+#include "conv_plan.h"
+#include "kernels.h"
+#include "linear-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// A contiguous (batch, channels, size) tensor, seen as planes of every step-th row and column.
+template <class S>
+struct Planes {
+  const S* data;
+  int64_t batch, channels;
+  const int64_t* size;
+  const int64_t* step;
+};
+
+// n elements, step apart, widened.
+template <class S>
+ST_INLINE void copy_row(const S* from, int64_t step, int64_t n, Sum<S>* to) {
+  constexpr int w = kLanes<Sum<S>>;
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + w <= n; i += w) storeu<Sum<S>>(to + i, load_widened(from + i));
+    for (; i < n; i++) to[i] = widen(from[i]);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) to[i] = widen(from[i * step]);
+}
+
+// Lanes [from, to) of one plane: `channel` of the images of `group`, in phase `phase`, at most
+// `width` columns of it. Other lanes become zero. Rows (and `from`) may lie outside the plane.
+template <class S>
+void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const int64_t* phase,
+                int64_t group, int64_t from, int64_t to, int64_t width, Sum<S>* out) {
+  const int64_t plane = p.size[0] * p.size[1];
+  auto count = [&](int d) { return ceil_div(p.size[d] - phase[d], p.step[d]); };
+  auto pixel = [&](int64_t n, int64_t y, int64_t x) {
+    return p.data + (n * p.channels + channel) * plane + (y * p.step[0] + phase[0]) * p.size[1] +
+           x * p.step[1] + phase[1];
+  };
+  __builtin_memset(out, 0, sizeof(Sum<S>) * (to - from));
+  if (s.flat) {
+    for (int64_t at = from; at < to;) {
+      const int64_t n = at / s.pitch, in = at % s.pitch;
+      if (n >= p.batch) return;
+      int64_t run = least(to - at, s.pitch - in);
+      if (p.step[0] == 1 && p.step[1] == 1) {
+        copy_row(pixel(n, 0, 0) + in, 1, run, out + at - from);
+      } else {
+        const int64_t y = in / s.grid[1], x = in % s.grid[1];
+        run = least(run, s.grid[1] - x);
+        copy_row(pixel(n, y, x), p.step[1], run, out + at - from);
+      }
+      at += run;
+    }
+    return;
+  }
+  const int64_t columns = least(count(1), width), rows = count(0);
+  for (int64_t at = from; at < to; at += s.pitch) {  // both are whole rows here
+    const int64_t y = at / s.pitch;
+    if (at < 0 || y >= rows) continue;
+    for (int64_t g = 0; g < s.images && group * s.images + g < p.batch; g++)
+      copy_row(pixel(group * s.images + g, y, 0), p.step[1], columns,
+               out + at - from + g * s.segment);
+  }
+}
+
+// All copies of channels [c0, c1) for one strip. copies: source_channels x kinds x copy_lanes.
+// line: scratch of copy_lanes and a margin on both sides.
+template <class S>
+void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t strip, int64_t c0,
+                 int64_t c1, Sum<S>* line, int64_t margin, Sum<S>* copies) {
+  typedef Sum<S> T;
+  constexpr int w = kLanes<T>;
+  const int64_t kinds = static_cast<int64_t>(s.kinds.size());
+  const int64_t from = s.strip_begin(strip) + s.first_shift * s.pitch;
+  const int64_t length = s.strip_end(strip) - s.strip_begin(strip) + s.span * s.pitch;
+  for (int64_t c = c0; c < c1; c++) {
+    T* copy = copies + c * kinds * s.copy_lanes;
+    if (s.span == 0 && kinds == 1 && s.kinds[0].shift == 0) {
+      fill_lanes(s, p, c, s.kinds[0].phase, group, from, from + length, s.stored, copy);
+      continue;
+    }
+    for (int64_t k = 0; k < kinds; k++, copy += s.copy_lanes) {
+      const ConvKind& kind = s.kinds[k];
+      bool filled = k > 0;
+      for (int d = 0; d < 2; d++) filled = filled && s.kinds[k - 1].phase[d] == kind.phase[d];
+      if (!filled)
+        fill_lanes(s, p, c, kind.phase, group, from, from + length, s.stored, line + margin);
+      const T* at = line + margin + kind.shift;
+      for (int64_t i = 0; i < length; i += w) store<T>(copy + i, loadu<T>(at + i));
+    }
+  }
+}
+
+// A run of lanes of a tile that are pixels of one row of one image.
+struct Run {
+  int32_t lane, count;
+  int64_t image, y, x;
+};
+
+// Writes rows of results to their places in a contiguous (batch, channels, size) tensor.
+template <class S>
+struct Placer {
+  typedef Sum<S> T;
+  const ConvSide& side;
+  int64_t batch;
+  S* out;
+
+  // The runs of lanes [from, from + lanes) of a group; runs has room for `lanes`.
+  int list(int64_t group, int64_t from, int64_t lanes, Run* runs) const {
+    const bool whole = side.flat && side.result_step[0] == 1 && side.result_step[1] == 1;
+    const int64_t width = side.flat ? (whole ? side.pitch : side.grid[1]) : side.segment;
+    const int64_t used = side.flat ? width : side.grid[1];
+    int n = 0;
+    for (int64_t at = from; at < from + lanes;) {
+      const int64_t row = at / side.pitch, in = at % side.pitch;
+      const int64_t step = least(width - in % width, side.pitch - in);
+      const int64_t x = in % width, part = in / width;
+      const int64_t count = least(least(step, used - x), from + lanes - at);
+      const int64_t image = side.flat ? row : group * side.images + part;
+      const bool there = side.flat ? row < batch : part < side.images && image < batch;
+      if (count > 0 && there)
+        runs[n++] = {static_cast<int32_t>(at - from), static_cast<int32_t>(count), image,
+                     side.flat ? part : row, x};
+      at += step;
+    }
+    return n;
+  }
+
+  // chunk: rows [r0, r1) of the side, `stride` lanes each.
+  void place(const Run* runs, int n, int64_t r0, int64_t r1, const T* chunk, int64_t stride) const {
+    const int64_t* size = side.result_size;
+    const int64_t* step = side.result_step;
+    const int64_t plane = size[0] * size[1];
+    for (int64_t r = r0; r < r1; r++, chunk += stride) {
+      const int64_t* phase = side.phases[r / side.result_channels].phase;
+      S* channel = out + r % side.result_channels * plane + phase[0] * size[1] + phase[1];
+      for (int i = 0; i < n; i++) {
+        const Run& run = runs[i];
+        S* to = channel + run.image * side.result_channels * plane + run.y * step[0] * size[1] +
+                run.x * step[1];
+        if (step[1] == 1 && step[0] == 1) {
+          put(chunk + run.lane, run.count, to);
+          continue;
+        }
+        if (run.y * step[0] + phase[0] >= size[0]) continue;
+        const int64_t fits = ceil_div(size[1] - phase[1], step[1]) - run.x;
+        for (int64_t j = 0; j < run.count && j < fits; j++)
+          narrow(chunk[run.lane + j], to + j * step[1]);
+      }
+    }
+  }
+  static ST_INLINE void put(const T* from, int64_t n, S* to) {
+    constexpr int w = kLanes<T>;
+    int64_t i = 0;
+    for (; i + w <= n; i += w) store_narrowed<S>(to + i, loadu<T>(from + i), w);
+    for (; i < n; i++) narrow(from[i], to + i);
+  }
+};
+
+// f(NV, first lane) over a strip, cut into tiles of about equal width.
+template <class T, class F>
+ST_INLINE void for_tiles(const ConvSide& s, int64_t strip, const F& f) {
+  const int64_t vectors = (s.strip_end(strip) - s.strip_begin(strip)) / kLanes<T>;
+  const int64_t tiles = ceil_div(vectors * kLanes<T>, s.tile_lanes);
+  for (int64_t t = 0, at = 0; t < tiles; t++) {
+    const int64_t end = vectors * (t + 1) / tiles;
+    while (at < end) {  // one tile, unless no kernel has just that width
+      const int nv = tile_at_most(static_cast<int>(end - at));
+      with_vectors(nv, [&](auto n) { f(n, at * kLanes<T>); });
+      at += nv;
+    }
+  }
+}
+
+// result = source * side^T + bias, from the copies of one strip.
+template <class S>
+struct ConvProduct {
+  typedef Sum<S> T;
+  const ConvSide& conv;
+  const T* values;
+  const T* bias;  // result_channels, or null
+  Placer<S> placer;
+
+  int64_t chunk_rows() const {
+    return kChunkBytes / (conv.tile_lanes * static_cast<int64_t>(sizeof(T)));
+  }
+  int64_t chunk_size() const { return chunk_rows() * conv.tile_lanes; }
+
+  // Rows [r0, r1) of one strip. chunk: chunk_size() of scratch.
+  void rows(int64_t group, int64_t strip, const T* copies, int64_t r0, int64_t r1, T* chunk) const {
+    const Side& side = conv.side;
+    for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
+      constexpr int NV = decltype(n)::value;
+      constexpr int w = kLanes<T>;
+      Run runs[NV * w];
+      const int count = placer.list(group, conv.strip_begin(strip) + lane, NV * w, runs);
+      if (!count) return;
+      for (int64_t r = r0; r < r1; r += chunk_rows()) {
+        const int64_t end = least(r + chunk_rows(), r1);
+        with_index(side, [&](auto* index) {
+          for (int64_t b = 0; b < side.blocks; b++)
+            spmm_block<T, NV, w>(side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r, index,
+                                 values, copies + lane, chunk, bias ? bias + r : nullptr, b == 0);
+        });
+        placer.place(runs, count, r, end, chunk, NV * w);
+      }
+    });
+  }
+};
+
+template <class T>
+ConvVectors conv_vectors() {
+  return {kLanes<T>, sizeof(T), kNarrowTile, kWideTile};
+}
+
+// Room for fill_lanes and the shifts on both sides.
+template <class T>
+struct Lines {
+  explicit Lines(const ConvSide& s, int workers) {
+    margin = kLanes<T>;
+    for (const ConvKind& k : s.kinds) {
+      const int64_t shift = k.shift < 0 ? -k.shift : k.shift;
+      if (shift > margin) margin = shift;
+    }
+    margin = ceil_div(margin, kLanes<T>) * kLanes<T>;
+    size = s.copy_lanes + 2 * margin;
+    data = new Scratch<T>(size * workers);
+    __builtin_memset(data->get(), 0, sizeof(T) * size * workers);  // the margins stay zero
+  }
+  ~Lines() { delete data; }
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+  T* of(int worker) const { return data->get() + worker * size; }
+  int64_t margin, size;
+  Scratch<T>* data;
+};
+
+template <class S>
+int64_t copies_size(const ConvSide& s) {
+  return s.source_channels * static_cast<int64_t>(s.kinds.size()) * s.copy_lanes;
+}
+
+ST_INLINE int64_t row_step(int64_t rows, int64_t items, int workers) {
+  return ceil_div(ceil_div(rows * items, 4 * workers), 16) * 16;
+}
+
+template <class S>
+void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
+                  const Parallel& parallel) {
+  typedef Sum<S> T;
+  const ConvSide& s = product.conv;
+  const int64_t strips = s.groups * s.strips;
+  if (!strips || !s.side.rows) return;
+  const int workers = worth_waking(parallel, (s.side.nnz + s.side.rows) * s.lanes * s.groups);
+  const int64_t size = copies_size<S>(s), chunk = product.chunk_size();
+  Lines<T> lines(s, workers);
+  Scratch<T> chunks(chunk * workers);
+
+  if (workers == 1 || strips >= 4 * workers || strips % workers == 0) {
+    Scratch<T> copies(size * workers);
+    share(parallel, workers, strips, [&](int worker, int64_t i) {
+      T* own = copies.get() + worker * size;
+      fill_copies(s, source, i / s.strips, i % s.strips, 0, s.source_channels, lines.of(worker),
+                  lines.margin, own);
+      product.rows(i / s.strips, i % s.strips, own, 0, s.side.rows, chunks.get() + worker * chunk);
+    });
+    return;
+  }
+  // Few strips: all are filled first, then workers share out their rows.
+  Scratch<T> copies(size * strips);
+  const int64_t channels = 16, parts = ceil_div(s.source_channels, channels);
+  share(parallel, workers, strips * parts, [&](int worker, int64_t i) {
+    const int64_t at = i / parts, c = i % parts * channels;
+    fill_copies(s, source, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
+                lines.of(worker), lines.margin, copies.get() + at * size);
+  });
+  const int64_t step = row_step(s.side.rows, strips, workers);
+  const int64_t pieces = ceil_div(s.side.rows, step);
+  share(parallel, workers, strips * pieces, [&](int worker, int64_t i) {
+    const int64_t at = i / pieces, r = i % pieces * step;
+    product.rows(at / s.strips, at % s.strips, copies.get() + at * size, r,
+                 least(r + step, s.side.rows), chunks.get() + worker * chunk);
+  });
+}
+
+// dvalues, in the order of the transposed side: rows are (phase, input channel), operands dy.
+template <class S>
+struct ConvGradient {
+  typedef Sum<S> T;
+  const ConvSide& conv;
+  T* dvalues;  // nnz
+
+  // Adds the share of one strip, for rows [r0, r1). copies: of dy; centre: of x, side.rows x
+  // strip_lanes.
+  void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1) const {
+    const Side& side = conv.side;
+    for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
+      constexpr int NV = decltype(n)::value;
+      with_index(side, [&](auto* index) {
+        for (int64_t b = 0; b < side.blocks; b++)
+          sddmm_block<T, NV, kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0,
+                                        index, copies + lane, centre + r0 * conv.strip_lanes + lane,
+                                        conv.strip_lanes, dvalues);
+      });
+    });
+  }
+};
+
+// product may be null (dx not wanted). See backward() of the linear layer.
+template <class S>
+void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradient,
+                    const Planes<S>& dy, const Planes<S>& x, const Parallel& parallel) {
+  typedef Sum<S> T;
+  const ConvSide& s = gradient.conv;
+  const int64_t strips = s.groups * s.strips, rows = s.side.rows;
+  __builtin_memset(gradient.dvalues, 0, sizeof(T) * s.side.nnz);
+  if (!strips || !rows) return;
+  const int workers = worth_waking(parallel, (s.side.nnz + rows) * s.lanes * s.groups);
+  const int64_t together = workers == 1 ? 1 : least(strips, 2 * workers);
+  const int64_t size = copies_size<S>(s), centre_size = rows * s.strip_lanes;
+  const int64_t chunk = product ? product->chunk_size() : 0;
+  Lines<T> lines(s, workers);
+  Scratch<T> copies(size * together), centres(centre_size * together), chunks(chunk * workers);
+  const int64_t channels = 16, dy_parts = ceil_div(s.source_channels, channels);
+  const int64_t x_parts = ceil_div(rows, channels);
+  const int64_t step = workers == 1 ? rows : row_step(rows, 1, workers);
+  const int64_t row_items = ceil_div(rows, step);
+
+  for (int64_t first = 0; first < strips; first += together) {
+    const int64_t n = least(strips - first, together);
+    auto fill_dy = [&](int worker, int64_t i) {
+      const int64_t t = i / dy_parts, c = i % dy_parts * channels, at = first + t;
+      fill_copies(s, dy, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
+                  lines.of(worker), lines.margin, copies.get() + t * size);
+    };
+    auto fill_x = [&](int64_t i) {
+      const int64_t t = i / x_parts, at = first + t, strip = at % s.strips;
+      for (int64_t r = i % x_parts * channels; r < least((i % x_parts + 1) * channels, rows); r++)
+        fill_lanes(s, x, r % s.result_channels, s.phases[r / s.result_channels].phase,
+                   at / s.strips, s.strip_begin(strip), s.strip_end(strip), s.grid[1],
+                   centres.get() + t * centre_size + r * s.strip_lanes);
+    };
+    auto take_dx = [&](int worker, int64_t t) {
+      const int64_t at = first + t;
+      product->rows(at / s.strips, at % s.strips, copies.get() + t * size, 0, rows,
+                    chunks.get() + worker * chunk);
+    };
+    auto take_dvalues = [&](int64_t i) {
+      for (int64_t t = 0; t < n; t++)
+        gradient.rows((first + t) % s.strips, copies.get() + t * size,
+                      centres.get() + t * centre_size, i * step, least((i + 1) * step, rows));
+    };
+    share(parallel, workers, n * (dy_parts + x_parts), [&](int worker, int64_t i) {
+      if (i < n * dy_parts) return fill_dy(worker, i);
+      fill_x(i - n * dy_parts);
+    });
+    const int64_t dx_items = product ? n : 0;
+    share(parallel, workers, dx_items + row_items, [&](int worker, int64_t i) {
+      if (i < dx_items) return take_dx(worker, i);
+      take_dvalues(i - dx_items);
+    });
+  }
+}
+
+// f(place in the transposed order, place in the pattern's order) for every nonzero.
+template <class F>
+void for_transposed(const Plan& plan, const ConvShape& shape, const ConvSide& s, const F& f) {
+  const Pattern& p = plan.pattern();
+  Scratch<int32_t> next(s.side.rows);
+  __builtin_memcpy(next.get(), s.side.row_begin, sizeof(int32_t) * s.side.rows);
+  const int64_t out_per_group = shape.out_channels / shape.groups;
+  const int64_t in_per_group = shape.in_channels / shape.groups;
+  const int32_t* row_of_column = s.row_of_column.data();
+  for (int64_t o = 0; o < p.rows; o++) {
+    int32_t* at = next.get() + o / out_per_group * in_per_group;
+    for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++) f(at[row_of_column[p.col[k]]]++, k);
+  }
+}
+
+template <class S>
+void conv_forward(const ConvForward& a) {
+  typedef Sum<S> T;
+  if (!a.shape.batch) return;
+  const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
+  const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
+  const ConvProduct<S> product{
+      *s, values.get(), bias.get(), {*s, a.shape.batch, static_cast<S*>(a.y)}};
+  conv_product(product,
+               Planes<S>{static_cast<const S*>(a.x), a.shape.batch, a.shape.in_channels,
+                         s->source_size, s->source_step},
+               a.parallel);
+}
+
+// dbias[o] = sum of dy over images and pixels
+template <class S>
+void sum_planes(const ConvShape& shape, const S* dy, S* dbias, const Parallel& parallel) {
+  typedef Sum<S> T;
+  constexpr int w = kLanes<T>;
+  const int64_t plane = shape.out_size[0] * shape.out_size[1];
+  const int workers = worth_waking(parallel, shape.batch * shape.out_channels * plane / 8);
+  share(parallel, workers, shape.out_channels, [&](int, int64_t o) {
+    Vec<T> sum[4] = {};
+    T rest = 0;
+    for (int64_t n = 0; n < shape.batch; n++) {
+      const S* p = dy + (n * shape.out_channels + o) * plane;
+      int64_t i = 0;
+      for (; i + 4 * w <= plane; i += 4 * w) {
+        ST_UNROLL
+        for (int v = 0; v < 4; v++) sum[v] += load_widened(p + i + v * w);
+      }
+      for (; i < plane; i++) rest += widen(p[i]);
+    }
+    narrow(sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest, dbias + o);
+  });
+}
+
+template <class S>
+void conv_backward(const ConvBackward& a) {
+  typedef Sum<S> T;
+  const ConvShape& shape = a.shape;
+  if (!shape.batch) {
+    if (a.dvalues) __builtin_memset(a.dvalues, 0, sizeof(S) * a.plan->pattern().nnz);
+    if (a.dbias) __builtin_memset(a.dbias, 0, sizeof(S) * shape.out_channels);
+    return;
+  }
+  const ConvHandle s(*a.plan, shape, true, conv_vectors<T>());
+  const Planes<S> dy{static_cast<const S*>(a.dy), shape.batch, shape.out_channels, s->source_size,
+                     s->source_step};
+  const Planes<S> x{static_cast<const S*>(a.x), shape.batch, shape.in_channels, s->result_size,
+                    s->result_step};
+  if (a.dbias) sum_planes(shape, dy.data, static_cast<S*>(a.dbias), a.parallel);
+
+  Scratch<T> values(a.dx ? s->side.nnz : 0), dvalues(a.dvalues ? s->side.nnz : 0);
+  const S* given = static_cast<const S*>(a.values);
+  if (a.dx) {
+    for_transposed(*a.plan, shape, *s,
+                   [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
+    const int64_t phases = static_cast<int64_t>(s->phases.size());
+    if (phases < shape.stride[0] * shape.stride[1])  // pixels that no kernel position reaches
+      __builtin_memset(
+          a.dx, 0,
+          sizeof(S) * shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]);
+  }
+  const ConvProduct<S> product{*s, values.get(), nullptr, {*s, shape.batch, static_cast<S*>(a.dx)}};
+  if (!a.dvalues) {
+    if (a.dx) conv_product(product, dy, a.parallel);
+    return;
+  }
+  conv_gradients(a.dx ? &product : nullptr, ConvGradient<S>{*s, dvalues.get()}, dy, x, a.parallel);
+  for_transposed(*a.plan, shape, *s, [&](int32_t from, int32_t to) {
+    narrow(dvalues.get()[from], static_cast<S*>(a.dvalues) + to);
+  });
+}
+
+}  // namespace
+}  // namespace sparsetrain

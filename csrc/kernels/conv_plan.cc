@@ -1,0 +1,288 @@
+#include "conv_plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace sparsetrain {
+
+namespace {
+
+// Bytes of a strip's copies; with the pattern and the results it should stay in L2.
+constexpr int64_t kStripBytes = 512 << 10;
+constexpr int64_t kMostImages = 8;
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
+
+// Kernel position i along one dimension reads phase `phase` of x, `shift` further on.
+struct Tap {
+  int64_t phase, shift;
+};
+Tap tap_of(const ConvShape& s, int dim, int64_t i) {
+  const int64_t at = i * s.dilation[dim] - s.padding[dim];
+  const int64_t phase = modulo(at, s.stride[dim]);
+  return {phase, (at - phase) / s.stride[dim]};
+}
+
+struct Builder {
+  const Plan& plan;
+  const ConvShape& shape;
+  const ConvVectors& v;
+  bool transposed;
+  ConvSide* s;
+  // per kernel position (i, j): which copy, which row shift, which phase of the result
+  std::vector<int64_t> kind_of, row_shift_of, phase_of;
+
+  void geometry() {
+    const ConvShape& c = shape;
+    for (int d = 0; d < 2; d++) {
+      s->source_size[d] = transposed ? c.out_size[d] : c.in_size[d];
+      s->source_step[d] = transposed ? 1 : c.stride[d];
+      s->result_size[d] = transposed ? c.in_size[d] : c.out_size[d];
+      s->result_step[d] = transposed ? c.stride[d] : 1;
+      s->grid[d] = transposed ? div_up(c.in_size[d], c.stride[d]) : c.out_size[d];
+    }
+    s->source_channels = transposed ? c.out_channels : c.in_channels;
+    s->result_channels = transposed ? c.in_channels : c.out_channels;
+  }
+
+  void taps() {
+    int64_t first = 0, last = 0;
+    if (!transposed) s->phases.push_back({{0, 0}});
+    for (int64_t i = 0; i < shape.kernel[0]; i++) {
+      for (int64_t j = 0; j < shape.kernel[1]; j++) {
+        const Tap y = tap_of(shape, 0, i), x = tap_of(shape, 1, j);
+        const int64_t row_shift = transposed ? -y.shift : y.shift;
+        const bool none = kind_of.empty();
+        first = none ? row_shift : std::min(first, row_shift);
+        last = none ? row_shift : std::max(last, row_shift);
+        row_shift_of.push_back(row_shift);
+        kind_of.push_back(transposed ? find_kind({{0, 0}, -x.shift})
+                                     : find_kind({{y.phase, x.phase}, x.shift}));
+        phase_of.push_back(transposed ? find_phase({{y.phase, x.phase}}) : 0);
+      }
+    }
+    s->first_shift = first;
+    s->span = last - first;
+  }
+  int64_t find_kind(const ConvKind& k) {
+    for (size_t i = 0; i < s->kinds.size(); i++)
+      if (!std::memcmp(&s->kinds[i], &k, sizeof k)) return static_cast<int64_t>(i);
+    s->kinds.push_back(k);
+    return static_cast<int64_t>(s->kinds.size()) - 1;
+  }
+  int64_t find_phase(const ConvPhase& p) {
+    for (size_t i = 0; i < s->phases.size(); i++)
+      if (!std::memcmp(&s->phases[i], &p, sizeof p)) return static_cast<int64_t>(i);
+    s->phases.push_back(p);
+    return static_cast<int64_t>(s->phases.size()) - 1;
+  }
+
+  // Bytes of one lane of all copies of all channels.
+  int64_t bytes_per_lane() const {
+    return s->source_channels * static_cast<int64_t>(s->kinds.size()) * v.lane_bytes;
+  }
+
+  void lanes() {
+    const bool wide = plan.density() >= kWideDensity;
+    s->tile_lanes = (wide ? v.wide_tile : v.narrow_tile) * v.lanes;
+    s->flat = is_flat();
+    if (s->flat) {
+      flat_lanes();
+    } else {
+      row_lanes();
+    }
+    s->strips = std::max<int64_t>(1, div_up(s->lanes, s->strip_lanes));
+    s->copy_lanes = s->strip_lanes + s->span * s->pitch;
+  }
+  bool is_flat() const {
+    if (s->span || s->first_shift) return false;
+    for (const ConvKind& k : s->kinds) {
+      if (k.shift) return false;
+      for (int d = 0; d < 2; d++)
+        if (div_up(s->source_size[d] - k.phase[d], s->source_step[d]) != s->grid[d]) return false;
+    }
+    for (const ConvPhase& p : s->phases)
+      for (int d = 0; d < 2; d++)
+        if (div_up(s->result_size[d] - p.phase[d], s->result_step[d]) != s->grid[d]) return false;
+    return true;
+  }
+  void flat_lanes() {
+    s->images = shape.batch;
+    s->groups = 1;
+    s->stored = s->grid[1];
+    s->segment = s->pitch = s->grid[0] * s->grid[1];
+    s->lanes = round_up(shape.batch * s->pitch, v.lanes);
+    const int64_t fit = kStripBytes / std::max<int64_t>(1, bytes_per_lane());
+    s->strip_lanes =
+        std::max<int64_t>(1, std::min<int64_t>(fit / s->tile_lanes, 16)) * s->tile_lanes;
+    s->strip_lanes = std::min(s->strip_lanes, std::max(s->lanes, v.lanes));
+  }
+  void row_lanes() {
+    int64_t left = 0, right = 0, columns = 0;
+    for (const ConvKind& k : s->kinds) {
+      left = std::max(left, -k.shift);
+      right = std::max(right, k.shift);
+      columns = std::max(columns, div_up(s->source_size[1] - k.phase[1], s->source_step[1]));
+    }
+    s->stored = std::min(columns, s->grid[1] + right);
+    s->segment = std::max(s->grid[1] + right, s->stored + left);
+    // As many images side by side as waste the fewest lanes.
+    double best = 0;
+    for (int64_t n = 1; n <= std::min(shape.batch, kMostImages); n++) {
+      const int64_t pitch = round_up(n * s->segment, v.lanes);
+      const double used = static_cast<double>(n * s->grid[1]) / static_cast<double>(pitch);
+      if (n > 1 && used < best * 1.02) continue;
+      best = used;
+      s->images = n;
+      s->pitch = pitch;
+    }
+    s->groups = div_up(shape.batch, s->images);
+    s->lanes = s->grid[0] * s->pitch;
+    const int64_t fit = kStripBytes / std::max<int64_t>(1, bytes_per_lane() * s->pitch) - s->span;
+    const int64_t strips = div_up(s->grid[0], std::max<int64_t>(1, fit));
+    s->strip_lanes = div_up(s->grid[0], std::max<int64_t>(1, strips)) * s->pitch;
+  }
+
+  // First lane of what nonzero (o, column) reads, in vectors.
+  int64_t operand(int64_t o, int64_t column) const {
+    const int64_t size = shape.kernel[0] * shape.kernel[1];
+    const int64_t per_group = shape.in_channels / shape.groups;
+    const int64_t group = o / (shape.out_channels / shape.groups);
+    const int64_t channel = transposed ? o : group * per_group + column / size;
+    const int64_t tap = column % size;
+    const int64_t copy = channel * static_cast<int64_t>(s->kinds.size()) + kind_of[tap];
+    return (copy * s->copy_lanes + (row_shift_of[tap] - s->first_shift) * s->pitch) / v.lanes;
+  }
+
+  template <class I>
+  void fill_index(I* index) {
+    const Pattern& p = plan.pattern();
+    if (!transposed) {
+      std::vector<I> of_column(static_cast<size_t>(p.cols));
+      const int64_t per_group = shape.out_channels / shape.groups;
+      for (int64_t o = 0; o < p.rows; o++) {
+        if (o % per_group == 0)
+          for (int64_t c = 0; c < p.cols; c++) of_column[c] = static_cast<I>(operand(o, c));
+        for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++) index[k] = of_column[p.col[k]];
+      }
+      return;
+    }
+    std::vector<int32_t> next(s->side.row_begin, s->side.row_begin + s->side.rows);
+    const int64_t size = shape.kernel[0] * shape.kernel[1];
+    std::vector<int64_t> of_tap(size);
+    for (int64_t o = 0; o < p.rows; o++) {
+      for (int64_t t = 0; t < size; t++) of_tap[t] = operand(o, t);
+      const int64_t first = first_row(o);
+      for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++)
+        index[next[first + s->row_of_column[p.col[k]]]++] = static_cast<I>(of_tap[p.col[k] % size]);
+    }
+  }
+  int64_t first_row(int64_t o) const {
+    return o / (shape.out_channels / shape.groups) * (shape.in_channels / shape.groups);
+  }
+
+  void rows() {
+    const Pattern& p = plan.pattern();
+    Side& side = s->side;
+    side.nnz = p.nnz;
+    side.rows = static_cast<int64_t>(s->phases.size()) * s->result_channels;
+    if (!transposed) {
+      side.row_begin = p.crow;
+      return;
+    }
+    const int64_t size = shape.kernel[0] * shape.kernel[1];
+    s->row_of_column.resize(static_cast<size_t>(p.cols));
+    for (int64_t c = 0; c < p.cols; c++)
+      s->row_of_column[c] =
+          static_cast<int32_t>(phase_of[c % size] * s->result_channels + c / size);
+    s->row_begin.reset(new int32_t[side.rows + 1]());
+    int32_t* begin = s->row_begin.get();
+    for (int64_t o = 0; o < p.rows; o++)
+      for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++)
+        begin[first_row(o) + s->row_of_column[p.col[k]] + 1]++;
+    for (int64_t r = 0; r < side.rows; r++) begin[r + 1] += begin[r];
+    side.row_begin = begin;
+  }
+
+  void index() {
+    Side& side = s->side;
+    const int64_t kinds = static_cast<int64_t>(s->kinds.size());
+    const int64_t vectors = s->source_channels * kinds * s->copy_lanes / v.lanes;
+    if (vectors <= 65536) {
+      side.index16.reset(new uint16_t[side.nnz]);
+      fill_index(side.index16.get());
+      cut(side.index16.get());
+    } else {
+      s->index32.reset(new int32_t[side.nnz]);
+      fill_index(s->index32.get());
+      side.index32 = s->index32.get();
+      cut(s->index32.get());
+    }
+  }
+  // Blocks of channels whose copies, as far as one tile reads them, are near L1.
+  template <class I>
+  void cut(const I* index) {
+    Side& side = s->side;
+    if (!side.nnz) return;
+    const int64_t kinds = static_cast<int64_t>(s->kinds.size());
+    const int64_t budget = kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes;
+    const int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
+    const int64_t fit = std::max<int64_t>(1, budget / channel);
+    const double most = static_cast<double>(side.nnz) / (side.rows * kNonzerosPerCell);
+    side.blocks =
+        std::min(div_up(s->source_channels, fit), std::max<int64_t>(1, static_cast<int64_t>(most)));
+    if (side.blocks == 1) return;
+    side.cuts.reset(new int32_t[(side.blocks - 1) * side.rows]);
+    for (int64_t r = 0; r < side.rows; r++) {
+      int32_t k = side.row_begin[r];
+      for (int64_t b = 1; b < side.blocks; b++) {
+        const int64_t first =
+            s->source_channels * b / side.blocks * kinds * (s->copy_lanes / v.lanes);
+        while (k < side.row_begin[r + 1] && index[k] < first) k++;
+        side.cuts[(b - 1) * side.rows + r] = k;
+      }
+    }
+  }
+};
+
+}  // namespace
+
+size_t ConvSide::bytes() const {
+  return sizeof(ConvSide) + side.bytes() + row_of_column.size() * sizeof(int32_t) +
+         (row_begin ? sizeof(int32_t) * (side.rows + 1) : 0) +
+         (index32 ? sizeof(int32_t) * side.nnz : 0);
+}
+
+static std::shared_ptr<const ConvSide> find_or_build(const Plan& plan, const ConvShape& shape,
+                                                     bool transposed, const ConvVectors& vectors) {
+  Plan::ConvSlot& slot = plan.conv_slot(transposed);
+  const std::lock_guard<std::mutex> lock(slot.mutex);
+  ConvKey key;
+  std::memset(&key, 0, sizeof key);
+  key.shape = shape;
+  key.vectors = vectors;
+  if (slot.side && !std::memcmp(&slot.side->key, &key, sizeof key)) return slot.side;
+  auto side = std::make_shared<ConvSide>();
+  side->key = key;
+  Builder builder{plan, shape, vectors, transposed, side.get(), {}, {}, {}};
+  builder.geometry();
+  builder.taps();
+  builder.lanes();
+  builder.rows();
+  builder.index();
+  slot.side = side;
+  return side;
+}
+
+ConvHandle::ConvHandle(const Plan& plan, const ConvShape& shape, bool transposed,
+                       const ConvVectors& vectors) {
+  auto* owner =
+      new std::shared_ptr<const ConvSide>(find_or_build(plan, shape, transposed, vectors));
+  owner_ = owner;
+  side_ = owner->get();
+}
+ConvHandle::~ConvHandle() { delete static_cast<std::shared_ptr<const ConvSide>*>(owner_); }
+
+}  // namespace sparsetrain

@@ -1,0 +1,98 @@
+// How a convolution becomes the linear layer's products of sparse rows and packed tiles.
+//
+// Lanes are pixels. A strip of pixels of the result (some rows of some images) is a run of lanes,
+// row by row; each row is padded to whole vectors with zeros, which serve as the zero padding of
+// the convolution, too. A nonzero (c, i, j) then reads the input's plane of channel c, moved by
+// some rows and columns. Moving by rows is adding a constant to an address. Moving by columns would
+// make every load unaligned, so the strip holds a copy of the plane for each distinct column shift
+// (three for a 3x3 kernel, instead of the nine that unfolding makes).
+//
+// A stride s splits the input into s x s phases, planes of every s-th row and column, on which the
+// convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
+// row of results for each (phase, channel).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace sparsetrain {
+
+struct ConvKind {  // one copy of each channel: a phase of the source and a column shift
+  int64_t phase[2];
+  int64_t shift;
+};
+struct ConvPhase {
+  int64_t phase[2];
+};
+
+// Vectors that the kernels use: lanes of the type of the sums, bytes of a lane, vectors of a tile
+// for sparse and for dense patterns.
+struct ConvVectors {
+  int64_t lanes, lane_bytes, narrow_tile, wide_tile;
+};
+
+struct ConvKey {  // what a side depends on, beyond the pattern
+  ConvShape shape;
+  ConvVectors vectors;
+};
+
+// One direction of a convolution: forward (source x, result y) or transposed (source dy, result
+// dx).
+struct ConvSide {
+  ConvKey key;
+
+  // source planes: element (qy, qx) of phase p is source[qy * step + p], else zero
+  int64_t source_channels, source_size[2], source_step[2];
+  // results: row = phase * channels + channel; pixel (y, x) goes to result[y * step + phase]
+  int64_t result_channels, result_size[2], result_step[2];
+  std::vector<ConvPhase> phases;  // of the result
+  std::vector<ConvKind> kinds;    // of the source
+  int64_t first_shift, span;      // row shifts are first_shift .. first_shift + span
+
+  // lanes
+  int64_t grid[2];      // pixels (y, x) of one image
+  bool flat;            // no shifts at all: all pixels of all images are one run of lanes
+  int64_t images;       // side by side in one row of lanes
+  int64_t segment;      // lanes from one image to the next in a row
+  int64_t pitch;        // lanes from one row to the next (flat: from one image to the next)
+  int64_t strip_lanes;  // lanes of a strip, a multiple of the vector, and of pitch unless flat
+  int64_t lanes;        // of one group of images (flat: of the batch); rounded up to vectors
+  int64_t groups;       // of images
+  int64_t strips;       // per group
+  int64_t copy_lanes;   // lanes of one copy of a plane: strip_lanes + span * pitch
+  int64_t stored;       // columns of the source kept in a segment
+  int64_t tile_lanes;   // of a full tile
+  Side side;            // rows: result rows; index: first lane of the operand / vector lanes
+  // Where values go in the transposed direction: row of each column of the pattern, per group.
+  std::vector<int32_t> row_of_column;
+  std::unique_ptr<int32_t[]> row_begin, index32;
+
+  int64_t strip_begin(int64_t s) const { return s * strip_lanes; }
+  int64_t strip_end(int64_t s) const {
+    return (s + 1) * strip_lanes < lanes ? (s + 1) * strip_lanes : lanes;
+  }
+  size_t bytes() const;
+};
+
+// The side for this shape: the plan's last one if it fits, else newly built. From any thread. It
+// lives as long as the handle. (No shared_ptr here: its code would be shared between instruction
+// sets.)
+class ConvHandle {
+ public:
+  ConvHandle(const Plan& plan, const ConvShape& shape, bool transposed, const ConvVectors& vectors);
+  ~ConvHandle();
+  ConvHandle(const ConvHandle&) = delete;
+  ConvHandle& operator=(const ConvHandle&) = delete;
+  const ConvSide& operator*() const { return *side_; }
+  const ConvSide* operator->() const { return side_; }
+
+ private:
+  const ConvSide* side_;
+  void* owner_;
+};
+
+}  // namespace sparsetrain
