@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from sparsetrain import nn
+from sparsetrain.conv_ops import sparse_conv
 from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "load_state_dict",
     "nn",
+    "sparse_conv",
     "sparse_linear",
     "sparsify",
     "to_dense",

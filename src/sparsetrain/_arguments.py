@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
 
-__all__ = ["DTYPES", "autocast", "check"]
+__all__ = ["DTYPES", "autocast", "check", "check_tensors"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -35,8 +35,18 @@ def autocast(
 
 
 def check(input: Any, values: Tensor, bias: Tensor | None, pattern: SparsePattern) -> None:
-    """Raises if the arguments do not fit; says which, what it is, what is taken, and the fix."""
+    """Raises if a linear layer's arguments do not fit; says which, what it is, and the fix."""
+    check_tensors(input, values, bias)
     rows, cols = pattern.shape
+    if input.ndim == 0 or input.shape[-1] != cols:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)}, but the layer takes (*, {cols}): its weight is "
+            f"{rows} x {cols} (out_features x in_features), so the last dimension must be {cols}."
+        )
+
+
+def check_tensors(input: Any, values: Tensor, bias: Tensor | None) -> None:
+    """Raises if types, dtypes or devices do not fit; says which, what is taken, and the fix."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is a {type(input).__name__}; a sparse layer takes a torch.Tensor.")
     for name, tensor in (("input", input), ("values", values)):
@@ -64,9 +74,4 @@ def check(input: Any, values: Tensor, bias: Tensor | None, pattern: SparsePatter
         raise ValueError(
             f"input is on {input.device} but the layer's values are on {values.device}. "
             f"Move the input with input.to({str(values.device)!r})."
-        )
-    if input.ndim == 0 or input.shape[-1] != cols:
-        raise ValueError(
-            f"input has shape {tuple(input.shape)}, but the layer takes (*, {cols}): its weight is "
-            f"{rows} x {cols} (out_features x in_features), so the last dimension must be {cols}."
         )

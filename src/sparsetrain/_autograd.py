@@ -25,7 +25,8 @@ __all__ = [
 
 # One entry per input of the operation; None where the input has no gradient.
 Grads = tuple[Tensor | None, ...]
-# As torch.vmap gives them: one entry per input, None where it is not mapped.
+# As torch.vmap gives them: one entry per input, None where it is not mapped (a list of None for a
+# list of numbers).
 InDims = tuple[int | None, ...]
 _Out = TypeVar("_Out")
 
@@ -73,11 +74,11 @@ def functions(
 
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return op(*inputs)
+            return op(*_opened(inputs))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            kept = keep(ctx, inputs, (True,) * len(inputs))
+            kept = keep(ctx, _opened(inputs), (True,) * len(inputs))
             ctx.save_for_backward(*kept)
             ctx.save_for_forward(*kept)  # must be the same: vmap holds one list of both
 
@@ -88,7 +89,25 @@ def functions(
     # Function.apply first looks for active transforms, which the typed functions have done already,
     # and for inputs that outlived one, which the dispatcher unwraps as well: 2.5 of 12 us for a
     # tiny layer. The inner apply does the work.
-    return super(torch.autograd.Function, Fast).apply, Transformable.apply
+    return (
+        super(torch.autograd.Function, Fast).apply,
+        lambda *inputs: Transformable.apply(*_closed(inputs)),  # type: ignore[no-untyped-call]
+    )
+
+
+class _Closed:
+    """A list of numbers that torch.func does not look into: it counts each of them as an input."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+
+
+def _closed(inputs: tuple[Any, ...]) -> list[Any]:
+    return [_Closed(i) if isinstance(i, (list, tuple)) else i for i in inputs]
+
+
+def _opened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(i.numbers if isinstance(i, _Closed) else i for i in inputs)
 
 
 def vmap_by_slices(
@@ -97,7 +116,7 @@ def vmap_by_slices(
     """Calls `function` once per slice and stacks the results along a new first dimension."""
 
     def pick(arg: Any, dim: int | None, index: int) -> Any:
-        if dim is None:
+        if not isinstance(dim, int):
             return arg
         if batch_size:
             return arg.select(dim, index)

@@ -5,7 +5,9 @@ Slow, memory-hungry and short enough to be seen right; every test compares again
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
 
-__all__ = ["masked_linear", "row_indices", "scatter"]
+__all__ = ["masked_conv", "masked_linear", "row_indices", "scatter"]
 
 
 def row_indices(crow: Tensor) -> Tensor:
@@ -44,3 +46,50 @@ def masked_linear(
     """
     weight = scatter(values, pattern.crow_indices, pattern.col_indices, pattern.shape[1])
     return torch.nn.functional.linear(input, weight, bias)
+
+
+def masked_conv(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: SparsePattern,
+    *,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """What `sparsetrain.conv_ops.sparse_conv` computes, padded first, then with a masked weight.
+
+    Args:
+        input: (N, C, ...) or (C, ...) floating point.
+        values: (nnz,) nonzeros in CSR order.
+        bias: (O,) or None.
+        pattern: of shape (O, C / groups * product of kernel_size).
+        kernel_size, stride, padding, dilation, groups, padding_mode: as in torch.nn.Conv2d.
+
+    Returns:
+        (N, O, ...) or (O, ...), differentiable in all three tensors.
+    """
+    n = len(kernel_size)
+    rows, cols = pattern.shape
+    weight = scatter(values, pattern.crow_indices, pattern.col_indices, cols)
+    weight = weight.view(rows, cols // math.prod(kernel_size), *kernel_size)
+    dilations = (dilation,) * n if isinstance(dilation, int) else dilation
+    if padding == "same":
+        sums = [d * (k - 1) for k, d in zip(kernel_size, dilations, strict=True)]
+        pads = [(s // 2, s - s // 2) for s in sums]
+    else:
+        number = 0 if isinstance(padding, str) else padding
+        pads = [(p, p) for p in ((number,) * n if isinstance(number, int) else number)]
+    functional = torch.nn.functional
+    x = functional.pad(
+        input if input.ndim == n + 2 else input[None],
+        [side for pair in reversed(pads) for side in pair],
+        "constant" if padding_mode == "zeros" else padding_mode,
+    )
+    convolutions: list[Any] = [functional.conv1d, functional.conv2d, functional.conv3d]
+    y: Tensor = convolutions[n - 1](x, weight, bias, stride, 0, dilation, groups)
+    return y if input.ndim == n + 2 else y[0]

@@ -1,7 +1,17 @@
 """Layers whose weights are sparse, and their conversion from and to dense ones."""
 
 from sparsetrain.nn._base import SparseLayer
+from sparsetrain.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.nn.linear import SparseLinear
 
-__all__ = ["SparseLayer", "SparseLinear", "sparsify", "to_dense", "to_sparse"]
+__all__ = [
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseLayer",
+    "SparseLinear",
+    "sparsify",
+    "to_dense",
+    "to_sparse",
+]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsetrain.nn._base import DTYPES, SparseLayer, dense_weight
 from sparsetrain.nn._replace import Replacement, check_replaceable, is_pruned, replace
 from sparsetrain.nn._select import Place, Selection, _name_matches, select
+from sparsetrain.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from sparsetrain.nn.linear import SparseLinear
 from sparsetrain.pattern import check_sparsity, nonzeros_for
 from sparsetrain.sparsify.criteria import CRITERIA, keep_top
@@ -24,6 +25,9 @@ from sparsetrain.sparsify.distributions import DISTRIBUTIONS
 # One line per type of layer that can be made sparse.
 SPARSE_TYPES: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+    nn.Conv3d: SparseConv3d,
 }
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -61,10 +65,14 @@ def sparsify(
     Returns:
         The model with sparse layers; the number of weights left in each is exact.
 
-    A layer of a subclass of torch.nn.Linear stays dense, with a warning, unless `include` gives its
-    own name or type, which raises. The projection inside torch.nn.MultiheadAttention is one, since
-    attention reads its weight directly; it stays dense silently. Forward and backward hooks are
-    carried over; a gradient of a weight is not.
+    The first convolution of an image network and its classifier are small and sensitive, and are
+    often kept dense: ``sparsify(resnet, 0.9, exclude=["conv1", "fc"])``, or by what they are,
+    ``exclude=lambda name, layer: getattr(layer, "in_channels", None) == 3``.
+
+    A layer of a subclass (of torch.nn.Linear, say) stays dense, with a warning, unless `include`
+    gives its own name or type, which raises. The projection inside torch.nn.MultiheadAttention is
+    one, since attention reads its weight directly; it stays dense silently. Forward and backward
+    hooks are carried over; a gradient of a weight is not.
 
     Raises:
         TypeError: an argument of the wrong type.

@@ -1,0 +1,272 @@
+"""The differentiable operations of a convolution with a sparse weight, on plain tensors.
+
+As for the linear layer (ops.py), three products that are each other's derivatives and a fourth that
+is two of them at once, here for each of three families:
+
+    native      C++ kernels, 2-D                        torch.ops.sparsetrain.conv2d...
+    unfolded    3-D, by the native 2-D kernels          torch.ops.sparsetrain.conv_unfolded...
+    dense       a dense weight, library product         torch.ops.sparsetrain.conv_dense...
+
+`_conv_choice.choose` says which family computes which product; a 1-D convolution is a 2-D one of
+height 1. The machinery of derivatives, vmap and tracing is that of `_products`.
+
+Shape letters: N batch, C channels in, O channels out, G groups, D H W sizes, k kernel sizes. The
+pattern is CSR over weight.reshape(O, C / G * k...): `crow` int32 (O + 1,), `col` int32 (nnz,),
+`key` int64 (1,). A window is kernel_size, stride, padding, dilation (one integer per dimension
+each) and groups; padding is with zeros.
+
+Paper: Nikdan et al., SparseProp, 2023, https://arxiv.org/abs/2302.04852.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsetrain._arguments import autocast
+from sparsetrain._conv_choice import Direction, Problem, choose
+from sparsetrain._conv_define import NATIVE, Operations
+from sparsetrain._conv_dense import DENSE
+from sparsetrain._conv_shapes import Geometry, check, geometry_of, integers, output_size
+from sparsetrain._conv_unfolded import UNFOLDED
+from sparsetrain._products import Family
+
+if TYPE_CHECKING:
+    from sparsetrain.pattern import SparsePattern
+
+__all__ = ["conv", "conv_backward", "conv_grad_input", "conv_grad_values", "sparse_conv"]
+
+
+class _Shapes:
+    """What derivatives must know about the shapes of a convolution (see _products.Shapes)."""
+
+    def output(self, x: Sequence[int], rows: int, geometry: tuple[Any, ...]) -> list[int]:
+        return [x[0], rows, *output_size(x[2:], *geometry[:4])]
+
+    def size(self, x: Sequence[int]) -> list[int]:
+        return list(x)
+
+    def input(self, grad: Sequence[int], size: Sequence[int]) -> Sequence[int]:
+        return size
+
+    def folded(self, size: Sequence[int], count: int) -> list[int]:
+        return [size[0] * count, *size[1:]]
+
+
+class _Convolution:
+    """The products of a convolution, each by the family that is chosen for it."""
+
+    def __init__(self) -> None:
+        def family(operations: Operations) -> Family:
+            return Family(*operations, shapes=_Shapes(), products=self)
+
+        self._families = {
+            "native": family(NATIVE),
+            "unfolded": family(UNFOLDED),
+            "dense": family(DENSE),
+        }
+
+    def _family(
+        self,
+        direction: Direction,
+        x_shape: Sequence[int],
+        like: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        window: Sequence[Any],
+    ) -> Family:
+        kernel_size, stride, padding, dilation, groups = window
+        problem = Problem(
+            x_shape,
+            crow.shape[0] - 1,
+            col.shape[0],
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            like.dtype,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return self._families[choose(direction, problem).family]
+
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *window: Any,
+    ) -> Tensor:
+        """y = W * x + bias, a cross-correlation.
+
+        Args:
+            x: (N, C, H, W) or (N, C, D, H, W), float32, float64 or bfloat16, any strides.
+            values: (nnz,) in CSR order, dtype of `x`.
+            bias: (O,) or None, dtype of `x`.
+            crow, col, key: the pattern.
+            window: kernel_size, stride, padding, dilation, groups.
+
+        Returns:
+            (N, O, ...), contiguous.
+
+        Raises:
+            RuntimeError: shapes, dtypes or devices that do not fit, or an invalid pattern.
+        """
+        family = self._family("forward", x.shape, x, crow, col, window)
+        return family.forward(x, values, bias, crow, col, key, *window)
+
+    def grad_input(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        size: Sequence[int],
+        *window: Any,
+    ) -> Tensor:
+        """The gradient of `forward` with respect to an x of shape `size`.
+
+        Args:
+            grad: (N, O, ...), any strides.
+            values, crow, col, key, window: as in `forward`.
+            size: (N, C, ...).
+
+        Returns:
+            A contiguous tensor of shape `size`.
+        """
+        family = self._family("grad_input", size, grad, crow, col, window)
+        return family.grad_input(grad, values, crow, col, key, size, *window)
+
+    def grad_values(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *window_and_bias: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of `forward` with respect to the values and the bias.
+
+        Args:
+            grad: (N, O, ...), any strides.
+            x, crow, col, key: as in `forward`.
+            window_and_bias: the window, and whether the gradient of the bias is wanted.
+
+        Returns:
+            (nnz,) in CSR order, and (O,), or (0,) where it is not wanted.
+        """
+        family = self._family("grad_values", x.shape, x, crow, col, window_and_bias[:-1])
+        return family.grad_values(grad, x, crow, col, key, *window_and_bias)
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        values: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *window_and_bias: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`grad_input` and `grad_values`, in one pass where one family computes both."""
+        window = window_and_bias[:-1]
+        first = self._family("grad_input", x.shape, x, crow, col, window)
+        second = self._family("grad_values", x.shape, x, crow, col, window)
+        if first is second:
+            return first.backward(grad, x, values, crow, col, key, *window_and_bias)
+        dx = first.grad_input(grad, values, crow, col, key, list(x.shape), *window)
+        return dx, *second.grad_values(grad, x, crow, col, key, *window_and_bias)
+
+
+_CONVOLUTION = _Convolution()
+
+conv = _CONVOLUTION.forward
+conv_grad_input = _CONVOLUTION.grad_input
+conv_grad_values = _CONVOLUTION.grad_values
+conv_backward = _CONVOLUTION.backward
+
+
+def sparse_conv(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: SparsePattern,
+    *,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` with a sparse weight.
+
+    Works under autograd (any order), torch.func, vmap, torch.compile, checkpointing and CPU
+    autocast, which casts the floating-point arguments to its own dtype, float64 excepted. With
+    torch.use_deterministic_algorithms(True), and by the sparse kernels always, the results are
+    bitwise the same for any number of threads.
+
+    Args:
+        input: (N, C, W), (N, C, H, W) or (N, C, D, H, W) as `kernel_size` has one, two or three
+            numbers, or without the N; float32, float64 or bfloat16, any strides, CPU.
+        values: (nnz,) the nonzeros of the weight in the order of the pattern, dtype of `input`.
+        bias: (O,) or None, dtype of `input`.
+        pattern: where the nonzeros are; its shape is (O, C / groups * product of kernel_size).
+        kernel_size: one integer per spatial dimension.
+        stride, dilation: integers of at least 1, one or one per dimension.
+        padding: integers of at least 0, one or one per dimension; "valid" for none; "same" for as
+            much as keeps the size (stride 1 only), the odd one behind.
+        groups: divides C and O.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+
+    Returns:
+        (N, O, ...) or (O, ...), dtype of `input`.
+
+    Raises:
+        TypeError: `input` is no tensor, or not of a dtype of the above, or not of that of `values`
+            and `bias`; sizes that are no integers.
+        ValueError: another number of channels or dimensions, a kernel larger than the padded input,
+            groups that do not divide, sizes out of range, or a tensor that is not on the CPU.
+        RuntimeError: `values` or `bias` is not of the length that the pattern asks for, or padding
+            that torch.nn.functional.pad refuses.
+    """
+    kernel = _kernel(kernel_size)
+    geometry = geometry_of(kernel, stride, padding, dilation, groups, padding_mode)
+    if torch.is_autocast_enabled("cpu"):
+        input, values, bias = autocast(input, values, bias)
+    check(input, values, bias, pattern, geometry)
+    if input.ndim == len(kernel) + 1:
+        return _batched(input.unsqueeze(0), values, bias, pattern, geometry).squeeze(0)
+    return _batched(input, values, bias, pattern, geometry)
+
+
+def _kernel(kernel_size: Any) -> tuple[int, ...]:
+    if not isinstance(kernel_size, (tuple, list)) or len(kernel_size) not in (1, 2, 3):
+        raise ValueError(
+            "kernel_size must be a tuple of 1, 2 or 3 integers, one for each spatial dimension; "
+            f"got {kernel_size!r}"
+        )
+    return integers(kernel_size, len(kernel_size), "kernel_size", 1)
+
+
+def _batched(
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: SparsePattern, geometry: Geometry
+) -> Tensor:
+    """(N, C, ...) -> (N, O, ...)"""
+    if geometry.extra:
+        x = pad(x, geometry.extra, geometry.mode)
+    kernel_size, stride, padding, dilation, groups = geometry[:5]
+    topology = (pattern.crow_indices, pattern.col_indices, pattern.key)
+    if len(kernel_size) > 1:
+        return conv(x, values, bias, *topology, kernel_size, stride, padding, dilation, groups)
+    window = ((1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation), groups)
+    return conv(x.unsqueeze(2), values, bias, *topology, *window).squeeze(2)

@@ -1,0 +1,570 @@
+"""Sparse convolutions against torch's own layers with a masked weight, and their derivatives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conv_cases import (
+    LAYOUTS,
+    SETTINGS,
+    WAYS,
+    Case,
+    Setting,
+    computed_by,
+    exact_results,
+    make_case,
+    setting,
+)
+from helpers import BOUND, DTYPES, MASKS, CountOps, error_in_bounds, generator, threads
+from sparsetrain.conv_ops import sparse_conv
+from sparsetrain.pattern import SparsePattern
+
+DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+SMALL = setting(2, 4, (2, 3), (4, 5), padding=(1, 0), stride=(2, 1), groups=2)
+NAMES = ("output", "gradient of the input", "gradient of the values", "gradient of the bias")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def check_case(case: Case, bound: dict[torch.dtype, float] = BOUND) -> None:
+    """Output and the three gradients, within rounding of the exact results."""
+    case.require_grad()
+    y = case.sparse(*case.leaves)
+    actual = [y.detach(), *torch.autograd.grad(y, case.leaves, case.grad)]
+    for name, result, exact in zip(NAMES, actual, exact_results(case), strict=True):
+        assert result.shape == exact.value.shape, name
+        assert result.dtype == case.values.dtype, name
+        worst = error_in_bounds(result, exact)
+        allowed = bound[result.dtype]
+        assert worst <= allowed, f"{name}: error is {worst:.3g} eps * sum |a||b|, not {allowed}"
+
+
+def bounds(way: str, case: Case | None = None) -> dict[torch.dtype, float]:
+    """What is allowed, in eps * sum |a||b|.
+
+    The library sums in longer chains than the sparse kernels. Padding by copies of pixels adds
+    their gradients up in the input's own dtype.
+    """
+    zeros = case is None or case.window.get("padding_mode", "zeros") == "zeros"
+    factor = (1 if zeros else 8) * (1 if way == "sparse" else 4)
+    return {dtype: factor * bound for dtype, bound in BOUND.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Right results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_matches_the_masked_layer(name: str, way: str, dtype: torch.dtype) -> None:
+    case = make_case(SETTINGS[name], 3, dtype)
+    with computed_by(way):
+        check_case(case, bounds(way, case))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7, 33])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["3x3", "3x3_stride_2", "1x1", "depthwise", "1d", "3d"])
+def test_any_batch(name: str, way: str, batch: int) -> None:
+    with computed_by(way):
+        check_case(make_case(SETTINGS[name], batch))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pattern", MASKS)
+@pytest.mark.parametrize("name", ["3x3", "1x1_stride_2", "3x3_groups", "1d", "3d"])
+def test_any_pattern(name: str, pattern: str, way: str) -> None:
+    what = SETTINGS[name]
+    with computed_by(way):
+        check_case(make_case(what, 5, mask=MASKS[pattern](*what.mask_shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        setting(64, 48, (3, 3), (14, 14), padding=1),
+        setting(40, 72, (3, 3), (15, 13), padding=1, stride=2),
+        setting(130, 70, (1, 1), (7, 7)),
+        setting(70, 130, (1, 1), (9, 9), stride=2),
+        setting(33, 35, (5,), (130,), padding=2),
+    ],
+    ids=["3x3", "3x3_stride_2", "1x1", "1x1_stride_2", "1d"],
+)
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.4])
+def test_layers_of_more_than_one_tile(what: Setting, density: float, dtype: torch.dtype) -> None:
+    with computed_by("sparse"):
+        check_case(make_case(what, 9, dtype, density))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["3x3", "3x3_stride_2", "1x1", "1d", "3d"])
+def test_strides_of_input_and_gradient_do_not_matter(name: str, layout: str, way: str) -> None:
+    case = make_case(SETTINGS[name], 4)
+    case.x, case.grad = LAYOUTS[layout](case.x), LAYOUTS[layout](case.grad)
+    with computed_by(way):
+        check_case(case, bounds("dense"))  # equal terms: all roundings of a sum go one way
+
+
+@st.composite
+def _settings(draw: Callable[..., Any]) -> Setting:
+    n = draw(st.sampled_from([1, 2, 2, 2, 3]))
+
+    def many(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(least, most)) for _ in range(n))
+
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, out = (groups * draw(st.integers(1, 5)) for _ in range(2))
+    kernel, dilation = many(1, 4), many(1, 3)
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    padding: Any = draw(st.sampled_from(["same", "valid", "numbers", "numbers"]))
+    stride = (1,) * n if padding == "same" else many(1, 3)
+    if padding == "numbers":
+        padding = many(0, 3)
+    # Large enough for the kernel without padding, and for padding by reflection.
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = tuple(max(r, 4) + draw(st.integers(0, 4)) for r in reach)
+    return setting(
+        channels,
+        out,
+        kernel,
+        size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=mode,
+    )
+
+
+@given(
+    what=_settings(),
+    batch=st.sampled_from([0, 1, 2, 7, 33]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    way=st.sampled_from(WAYS),
+    layouts=st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+def test_any_setting_matches_the_masked_layer(
+    what: Setting,
+    batch: int,
+    density: float,
+    dtype: torch.dtype,
+    way: str,
+    layouts: tuple[str, str],
+    seed: int,
+) -> None:
+    case = make_case(what, batch, dtype, density, seed)
+    if batch:
+        case.x, case.grad = LAYOUTS[layouts[0]](case.x), LAYOUTS[layouts[1]](case.grad)
+    with computed_by(way):
+        check_case(case, bounds("dense", case))  # equal terms, as above
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_small_integers_are_exact(way: str) -> None:
+    case, source = make_case(SETTINGS["3x3_stride_2"], 5), generator(7)
+
+    def integers(like: Tensor) -> Tensor:
+        return torch.randint(-2, 3, like.shape, generator=source).to(like.dtype)
+
+    case.x, case.values, case.bias, case.grad = (
+        integers(t) for t in (case.x, case.values, case.bias, case.grad)
+    )
+    with computed_by(way):
+        check_case(case, dict.fromkeys(DTYPES, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_corrupted_nonzero_is_caught(dtype: torch.dtype) -> None:
+    case = make_case(SETTINGS["3x3"], 3, dtype)
+    right = case.masked
+    case.masked = lambda x, v, b: right(x, v * (torch.arange(v.numel()) != 17), b)  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="error is"):
+        check_case(case)
+
+
+@pytest.mark.parametrize("name", ["1d", "1d_same_circular", "3x3", "reflect", "3d"])
+def test_input_without_a_batch(name: str) -> None:
+    case = make_case(SETTINGS[name], 1, torch.float64).require_grad()
+    x = case.x.detach()[0].requires_grad_()
+    leaves = (x, case.values, case.bias)
+    y = case.sparse(*leaves)
+    assert y.shape == case.grad.shape[1:]
+    expected = case.masked(*leaves)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, case.grad[0]),
+        torch.autograd.grad(expected, leaves, case.grad[0]),
+    )
+
+
+def test_a_sum_and_a_mean_over_pixels_send_back_expanded_gradients() -> None:
+    case = make_case(SETTINGS["3x3"], 3, torch.float64).require_grad()
+    for reduce in (torch.sum, lambda y: y.mean((2, 3)).pow(2).sum(), lambda y: y[0, 1, ::2].sum()):
+        torch.testing.assert_close(
+            torch.autograd.grad(reduce(case.sparse(*case.leaves)), case.leaves),
+            torch.autograd.grad(reduce(case.masked(*case.leaves)), case.leaves),
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Derivatives
+
+LEAVES = [needs for needs in itertools.product([False, True], repeat=3) if any(needs)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("needs", LEAVES, ids=lambda n: "".join("xvb"[i] for i in range(3) if n[i]))
+def test_only_the_wanted_gradients_are_computed(needs: tuple[bool, bool, bool], way: str) -> None:
+    case = make_case(SETTINGS["3x3"], 3, torch.float64)
+    for leaf, need in zip(case.leaves, needs, strict=True):
+        leaf.requires_grad_(need)
+    wanted = [leaf for leaf, need in zip(case.leaves, needs, strict=True) if need]
+    with computed_by(way):
+        y = case.sparse(*case.leaves)
+        with CountOps() as ops:
+            actual = torch.autograd.grad(y, wanted, case.grad)
+    name = "conv2d" if way == "sparse" else "conv_dense"
+    suffix = {(True, True): "backward", (True, False): "grad_input", (False, True): "grad_values"}
+    expected = [f"{name}_{suffix[needs[:2]]}"] if any(needs[:2]) else []
+    assert [n for n in ops.names if n.startswith("conv")] == expected
+    torch.testing.assert_close(
+        actual, torch.autograd.grad(case.masked(*case.leaves), wanted, case.grad)
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_saved_that_dense_would_not(way: str) -> None:
+    case = make_case(SETTINGS["3x3"], 6)
+    saved: list[tuple[Any, ...]] = []
+
+    def shapes(*needs: bool) -> list[tuple[Any, ...]]:
+        saved.clear()
+        for leaf, need in zip(case.leaves, needs, strict=True):
+            leaf.requires_grad_(need)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            case.sparse(*case.leaves)
+        topology = [tuple(t.shape) for t in (case.pattern.crow_indices, case.pattern.col_indices)]
+        return [s for s in saved if s not in (*topology, (1,)) or s == tuple(case.values.shape)]
+
+    x, values = tuple(case.x.shape), tuple(case.values.shape)
+    with computed_by(way):
+        assert shapes(True, False, False) == [values] * 2  # the other one is col_indices
+        assert shapes(False, True, True) == [x, values]  # likewise
+        assert shapes(True, True, True) == [x, values, values]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        SMALL,
+        setting(2, 3, (1, 1), (3, 2), stride=2),
+        setting(2, 2, (2,), (5,), padding="same"),
+        setting(2, 2, (2, 2), (3, 3), padding=1, padding_mode="circular"),
+        setting(1, 2, (2, 1, 2), (3, 2, 3), padding=(1, 0, 0), stride=(2, 1, 1)),
+    ],
+    ids=["uneven", "1x1_stride_2", "1d_same", "circular", "3d"],
+)
+def test_gradients_of_every_order(what: Setting, way: str) -> None:
+    case = make_case(what, 2, torch.float64, 0.6).require_grad()
+    with computed_by(way):
+        assert torch.autograd.gradcheck(
+            case.sparse, case.leaves, check_forward_ad=True, check_batched_grad=True
+        )
+        assert torch.autograd.gradgradcheck(case.sparse, case.leaves, check_fwd_over_rev=True)
+        assert torch.autograd.gradcheck(case.sparse, case.leaves[:2])
+
+
+def test_a_mixture_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsetrain import conv_ops
+    from sparsetrain._conv_choice import Choice
+
+    for families in itertools.product(["native", "dense"], repeat=3):
+        by_direction = dict(zip(["forward", "grad_input", "grad_values"], families, strict=True))
+        monkeypatch.setattr(
+            conv_ops, "choose", lambda direction, _, by=by_direction: Choice(by[direction], "")
+        )
+        check_case(make_case(SETTINGS["3x3"], 3))
+        case = make_case(SMALL, 1, torch.float64, 0.6).require_grad()
+        assert torch.autograd.gradgradcheck(case.sparse, case.leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("conv2d", True), ("conv2d", False), ("conv_dense", True), ("conv_unfolded", True)],
+)
+def test_gradients_of_the_backward_operations(name: str, bias: bool) -> None:
+    case, call = _registered(name, torch.float64, bias)
+    leaves = tuple(t.requires_grad_() for t in (case.grad, case.x, case.values))
+    assert torch.autograd.gradcheck(call["_backward"], leaves)
+    assert torch.autograd.gradgradcheck(call["_backward"], leaves)
+    assert torch.autograd.gradcheck(call["_grad_input"], (case.grad, case.values))
+    assert torch.autograd.gradcheck(call["_grad_values"], (case.grad, case.x))
+
+
+# --------------------------------------------------------------------------------------------------
+# Registration
+
+
+def _registered(
+    name: str, dtype: torch.dtype, bias: bool = True
+) -> tuple[Case, dict[str, Callable[..., Any]]]:
+    """The four operations of a family as functions of their floating-point arguments."""
+    case, arguments = _operation_arguments(name, dtype, bias)
+    count = {"": 3, "_grad_input": 2, "_grad_values": 2, "_backward": 3}
+
+    def bind(suffix: str) -> Callable[..., Any]:
+        op, rest = arguments[suffix][0], arguments[suffix][1][count[suffix] :]
+
+        def call(*tensors: Tensor) -> Any:
+            results = op(*tensors, *rest)
+            return results if bias or isinstance(results, Tensor) else results[:-1]
+
+        return call
+
+    return case, {suffix: bind(suffix) for suffix in arguments}
+
+
+def _operation_arguments(name: str, dtype: torch.dtype, bias: bool) -> tuple[Case, dict[str, Any]]:
+    what = setting(2, 4, (2, 1, 2), (3, 2, 3)) if name == "conv_unfolded" else SMALL
+    case = make_case(what, 2, dtype, 0.6)
+    n = len(what.kernel_size)
+    options = {"stride": 1, "padding": 0, "dilation": 1} | what.window
+    window = [
+        (v,) * n if isinstance(v, int) else v
+        for v in (options[k] for k in ("kernel_size", "stride", "padding", "dilation"))
+    ]
+    window.append(what.groups)
+    topology = (case.pattern.crow_indices, case.pattern.col_indices, case.pattern.key)
+    x, values, grad = case.x, case.values, case.grad
+    ops = torch.ops.sparsetrain
+    arguments = {
+        "": (x, values, case.bias if bias else None, *topology, *window),
+        "_grad_input": (grad, values, *topology, list(x.shape), *window),
+        "_grad_values": (grad, x, *topology, *window, bias),
+        "_backward": (grad, x, values, *topology, *window, bias),
+    }
+    return case, {s: (getattr(ops, name + s).default, args) for s, args in arguments.items()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["conv2d", "conv_dense", "conv_unfolded"])
+def test_opcheck(name: str, bias: bool) -> None:
+    case, arguments = _operation_arguments(name, torch.bfloat16 if bias else torch.float32, bias)
+    for tensor in (case.grad, *case.leaves):
+        tensor.requires_grad_()
+    for op, args in arguments.values():
+        torch.library.opcheck(op, args)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    for name, what in SETTINGS.items():
+        case = make_case(what, 2)
+        leaves = [leaf.to("meta").requires_grad_() for leaf in case.leaves]
+        y = case.sparse(leaves[0], leaves[1], leaves[2])
+        assert y.is_meta, name
+        assert y.shape == case.grad.shape, name
+        y.sum().backward()
+        assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+def test_no_invalid_pattern_reaches_a_kernel_through_a_raw_operation() -> None:
+    x, values = torch.ones(1, 4, 3, 3), torch.ones(2)
+    window = ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+    for name, (crow, col) in itertools.product(
+        ("conv2d", "conv_dense"),
+        (([0, 1, 2], [0, 4]), ([0, 1, 2], [0, -1]), ([0, 2, 2], [1, 1]), ([0, 3, 2], [0, 1])),
+    ):
+        topology = torch.tensor(crow, dtype=torch.int32), torch.tensor(col, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="no valid pattern"):
+            getattr(torch.ops.sparsetrain, name)(
+                x, values, None, *topology, torch.tensor([2**41]), *window
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# What PyTorch wraps around a layer
+
+_CASE = make_case(SMALL, 3, torch.float64, 0.6)
+x, v, b = _CASE.leaves
+Layer = Callable[..., Tensor]
+
+
+def _loss(layer: Layer) -> Layer:
+    return lambda x, v, b: layer(x, v, b).pow(3).sum()
+
+
+FUNC: dict[str, Callable[[Layer], Any]] = {
+    "grad": lambda f: torch.func.grad(_loss(f), argnums=(0, 1, 2))(x, v, b),
+    "grad_of_grad": lambda f: torch.func.grad(
+        lambda v: torch.func.grad(_loss(f))(x, v, b).pow(2).sum()
+    )(v),
+    "vmap_over_unbatched": lambda f: torch.vmap(lambda x: f(x, v, b))(x),
+    "vmap_over_batches": lambda f: torch.vmap(lambda x: f(x, v, b), in_dims=1, out_dims=2)(
+        torch.stack([x, x + 1, -x], 1)
+    ),
+    "vmap_over_values": lambda f: torch.vmap(lambda v: f(x, v, b))(torch.stack([v, -v])),
+    "vmap_over_an_ensemble": lambda f: torch.vmap(f)(
+        torch.stack([x, x + 1]), torch.stack([v, -v]), torch.stack([b, -b])
+    ),
+    "per_sample_gradients": lambda f: torch.vmap(
+        torch.func.grad(_loss(f), argnums=(0, 1, 2)), in_dims=(0, None, None)
+    )(x, v, b),
+    "jvp": lambda f: torch.func.jvp(f, (x, v, b), (x + 1, v + 1, b + 1)),
+    "jvp_of_bias": lambda f: torch.func.jvp(lambda b: f(x, v, b), (b,), (b + 1,)),
+    "jacrev": lambda f: torch.func.jacrev(lambda v: f(x, v, b))(v),
+    "jacfwd": lambda f: torch.func.jacfwd(lambda v: f(x, v, b))(v),
+    "hessian": lambda f: torch.func.hessian(lambda v: _loss(f)(x, v, b))(v),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transform", FUNC)
+def test_function_transforms(transform: str, way: str) -> None:
+    with computed_by(way):
+        actual = FUNC[transform](_CASE.sparse)
+    torch.testing.assert_close(actual, FUNC[transform](_CASE.masked))
+
+
+def test_vmap_over_samples_is_one_convolution() -> None:
+    with computed_by("sparse"), CountOps() as ops:
+        torch.vmap(lambda x: _CASE.sparse(x, v, b))(x)
+    assert ops.names == ["conv2d"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_matches_eager(backend: str, way: str) -> None:
+    torch._dynamo.reset()
+    case = make_case(SETTINGS["3x3"], 3).require_grad()
+    flat = make_case(SETTINGS["1d_same_circular"], 3).require_grad()
+    leaves = (*case.leaves, *flat.leaves)
+
+    def step(x: Tensor, v: Tensor, b: Tensor, x1: Tensor, v1: Tensor, b1: Tensor) -> Tensor:
+        return case.sparse(x, v, b).relu().pow(2).sum() + flat.sparse(x1, v1, b1).pow(2).sum()
+
+    with computed_by(way):
+        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        expected, actual = step(*leaves), compiled(*leaves)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, leaves),
+            torch.autograd.grad(expected, leaves),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_compiled_with_the_documented_choice_for_any_batch_and_size() -> None:
+    torch._dynamo.reset()
+    case = make_case(SETTINGS["3x3"], 3, torch.float64)
+    compiled = torch.compile(
+        lambda x: case.sparse(x, case.values, case.bias), fullgraph=True, backend="aot_eager"
+    )
+    for shape in ((3, 6, 9, 11), (5, 6, 9, 11), (4, 6, 7, 8), (6, 9, 11), (0, 6, 5, 5)):
+        image = torch.randn(shape, generator=generator(1), dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image), case.sparse(image, case.values, case.bias))
+
+
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
+    case = make_case(SETTINGS["3x3"], 3).require_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.sparse(*case.leaves)
+    assert y.dtype == torch.bfloat16
+    low = [leaf.detach().bfloat16().requires_grad_() for leaf in case.leaves]
+    expected = case.sparse(*low)
+    assert torch.equal(y, expected)
+    grad = case.grad.bfloat16()
+    for actual, reference in zip(
+        torch.autograd.grad(y, case.leaves, grad),
+        torch.autograd.grad(expected, low, grad),
+        strict=True,
+    ):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, reference.float())
+
+
+def test_checkpoint_and_inference_mode() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    case = make_case(SETTINGS["3x3"], 3).require_grad()
+    plain = torch.autograd.grad(case.sparse(*case.leaves).pow(2).sum(), case.leaves)
+    y = checkpoint(case.sparse, *case.leaves, use_reentrant=False)
+    assert isinstance(y, Tensor)
+    for actual, expected in zip(
+        torch.autograd.grad(y.pow(2).sum(), case.leaves), plain, strict=True
+    ):
+        assert torch.equal(actual, expected)
+    with torch.inference_mode():
+        assert torch.equal(case.sparse(*case.leaves), y)
+
+
+# --------------------------------------------------------------------------------------------------
+# The choice
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    "name", ["3x3", "3x3_stride_2", "1x1", "depthwise", "7x7_stride_2", "1d", "3d"]
+)
+def test_every_bit_is_the_same_for_any_thread_count_and_run(name: str, dtype: torch.dtype) -> None:
+    case = make_case(SETTINGS[name], 33, dtype).require_grad()
+    expected: list[Tensor] = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for count in (1, 2, 4, 3, 1):
+            with threads(count):
+                y = case.sparse(*case.leaves)
+                results = [y.detach(), *torch.autograd.grad(y, case.leaves, case.grad)]
+                y = case.sparse(case.x.detach(), case.values.detach(), case.bias)
+                results += torch.autograd.grad(y, case.bias, case.grad)
+            expected = expected or results
+            assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("out", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 37])
+def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
+    out: int, batch: int
+) -> None:
+    case = make_case(setting(1, out, (1, 1), (91, 67)), batch)
+    case.bias.requires_grad_()
+    for grad in (case.grad, case.grad.contiguous(memory_format=torch.channels_last)):
+        results = []
+        for count in (1, 2, 4):
+            with threads(count):
+                results += torch.autograd.grad(case.sparse(*case.leaves), case.bias, grad)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def test_forced_pattern_shapes() -> None:
+    dense = nn.Conv2d(4, 6, 3)
+    pattern = SparsePattern.from_dense(dense.weight)
+    values = pattern.gather(dense.weight)
+    image = torch.randn(2, 4, 5, 5, generator=generator(3))
+    y = sparse_conv(image, values, dense.bias, pattern, kernel_size=(3, 3))
+    torch.testing.assert_close(y, dense(image))
