@@ -184,6 +184,14 @@ def test_broken_model_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_out_cannot_be_made(model: Path, tmp_path: Path) -> None:
+    data = save_tiny_texts(tmp_path / "texts", count=2)
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / "file" / "out"
+    arguments = ["--model", model, "--data", data, "--out", out, "--seq-length", 8]
+    assert "out: cannot make" in fails("train", "text", *arguments)
+
+
 def test_out_is_a_file(model: Path, tmp_path: Path) -> None:
     data = save_tiny_texts(tmp_path / "texts", count=2)
     out = tmp_path / "out"

@@ -95,16 +95,16 @@ def train_text(
             help="uniform: every layer alike; erk: small layers denser; global: ranked together."
         ),
     ] = "uniform",
-    steps: Annotated[int, typer.Option(help="Fine-tuning steps after pruning.")] = 200,
+    steps: Annotated[int, typer.Option(help="Fine-tuning steps after pruning.")] = 150,
     epochs: Annotated[
         float | None, typer.Option(help="Fine-tuning epochs, instead of --steps.")
     ] = None,
     prune_steps: Annotated[
         int, typer.Option(help="Steps of gradual pruning before it; 0 prunes at once.")
-    ] = 150,
+    ] = 100,
     batch: Annotated[int, typer.Option(help="Documents per step.")] = 16,
     seq_length: Annotated[int, typer.Option(help="Tokens per document, cut or padded.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW).")] = 3e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW).")] = 4e-4,
     weight_decay: Annotated[float, typer.Option(help="Weight decay (AdamW).")] = 0.01,
     dropout: Annotated[float, typer.Option(help="Every dropout rate of the encoder.")] = 0.0,
     test_fraction: Annotated[float, typer.Option(help="Share of documents to test on.")] = 0.25,

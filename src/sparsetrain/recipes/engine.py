@@ -40,7 +40,8 @@ class Schedule:
     """Length and learning rate of a phase.
 
     steps: optimizer steps; batch: samples per step; lr: peak learning rate, reached after the
-    first tenth of the steps and falling linearly to zero; seed: of batches and dropout.
+    first tenth of the steps; decay: whether it then falls linearly to zero; seed: of batches and
+    dropout.
     """
 
     steps: int
@@ -48,12 +49,15 @@ class Schedule:
     lr: float
     weight_decay: float
     seed: int
+    decay: bool = True
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step` (counted from 0)."""
         warmup = max(1, self.steps // 10)
         if step < warmup:
             return self.lr * (step + 1) / warmup
+        if not self.decay:
+            return self.lr
         return self.lr * (self.steps - step) / max(1, self.steps - warmup)
 
     def indices(self, step: int, size: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Progress bars on standard error (so that standard output stays free for --json)."""
+"""Progress on standard error (so that standard output stays free for --json).
+
+Bars on a terminal; in a log file one line per tenth of a phase.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Progress:
             console=self.console,
         )
         self._task: rich.progress.TaskID | None = None
+        self._phase, self._done, self._total = "", 0, 0
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -37,12 +41,17 @@ class Progress:
 
     def start(self, phase: str, total: int, done: int = 0) -> None:
         """A new bar of `total` steps, `done` of which came from a checkpoint."""
-        self._task = self._bars.add_task(phase, total=total, completed=done, note="")
+        self._phase, self._done, self._total = phase, done, total
+        if total and self.console.is_terminal:
+            self._task = self._bars.add_task(phase, total=total, completed=done, note="")
 
     def advance(self, note: str) -> None:
         """One step further."""
+        self._done += 1
         if self._task is not None:
             self._bars.update(self._task, advance=1, note=note)
+        elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
+            self.say(f"{self._phase} {self._done}/{self._total}: {note}")
 
     def say(self, line: str) -> None:
         """A line that stays."""

@@ -15,9 +15,9 @@ from sparsetrain.pattern import nonzeros_for
 from sparsetrain.sparsify.criteria import keep_top, magnitude
 from sparsetrain.sparsify.distributions import DISTRIBUTIONS
 
-#: Share of the pruning phase before the first weight goes, and at which the goal is reached; the
-#: rest lets the survivors recover.
-RAMP = (0.1, 0.7)
+#: Share of the pruning phase before the first weight goes, and at which the goal is reached. Most
+#: of the recovery is left to the phase after it, whose steps are sparse and cost less.
+RAMP = (0.1, 0.9)
 
 
 def cubic_sparsity(step: int, steps: int, goal: float) -> float:

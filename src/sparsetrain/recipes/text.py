@@ -43,12 +43,12 @@ class TextOptions:
     out: Path
     sparsity: float = 0.9
     distribution: str = "uniform"
-    steps: int = 200
+    steps: int = 150
     epochs: float | None = None
-    prune_steps: int = 150
+    prune_steps: int = 100
     batch: int = 16
     seq_length: int = 128
-    lr: float = 3e-4
+    lr: float = 4e-4
     weight_decay: float = 0.01
     dropout: float = 0.0
     test_fraction: float = 0.25
@@ -258,12 +258,12 @@ def resolve_steps(options: TextOptions, train_size: int) -> TextOptions:
 
 
 def _settings(options: TextOptions) -> Settings:
-    def schedule(steps: int, seed: int) -> Schedule:
-        return Schedule(steps, options.batch, options.lr, options.weight_decay, seed)
+    def schedule(steps: int, seed: int, decay: bool) -> Schedule:
+        return Schedule(steps, options.batch, options.lr, options.weight_decay, seed, decay)
 
     return Settings(
-        prune=schedule(options.prune_steps, 2 * options.seed),
-        tune=schedule(options.steps, 2 * options.seed + 1),
+        prune=schedule(options.prune_steps, 2 * options.seed, decay=False),
+        tune=schedule(options.steps, 2 * options.seed + 1, decay=True),
         sparsity=options.sparsity,
         distribution=options.distribution,
         compare=options.compare,
@@ -293,12 +293,6 @@ def run(options: TextOptions, progress: Progress) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     names = list(encoder_layers(build_model(options, len(corpus.classes))))
-    documents = len(corpus.texts)
-    progress.say(
-        f"{documents} documents in {len(corpus.classes)} classes ({corpus.duplicates} exact "
-        f"duplicates dropped), {task.train_size} to train on, {documents - task.train_size} to "
-        f"test on; {len(names)} linear layers to {options.sparsity:.0%} sparsity"
-    )
     session = Session(
         task,
         lambda: build_model(options, len(corpus.classes)),
@@ -309,12 +303,27 @@ def run(options: TextOptions, progress: Progress) -> dict[str, Any]:
     )
     if options.resume:
         session.check_resume()
-    options.out.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.out)
     if options.overwrite:
         _remove_earlier(options.out)
+    documents = len(corpus.texts)
+    progress.say(
+        f"{documents} documents in {len(corpus.classes)} classes ({corpus.duplicates} exact "
+        f"duplicates dropped), {task.train_size} to train on, {documents - task.train_size} to "
+        f"test on; {len(names)} linear layers to {options.sparsity:.0%} sparsity"
+    )
     with progress:
         lanes = session.run(options.resume, progress)
     return _write_results(options, corpus, tokenizer, task, lanes, names)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make {out}: {error.strerror or error}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InputError(f"out: {out} is not writable")
 
 
 def _remove_earlier(out: Path) -> None:
