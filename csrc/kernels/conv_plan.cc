@@ -7,8 +7,12 @@ namespace sparsetrain {
 
 namespace {
 
-// Bytes of a strip's copies; with the pattern and the results it should stay in L2.
+// Bytes of a strip: the copies and, for the gradient of the values, the other operand. With the
+// pattern and the results they should stay in L2.
 constexpr int64_t kStripBytes = 512 << 10;
+// But a strip has room for this many narrow tiles, even if it then leaves L2: with many channels
+// each vector that is fetched is used often.
+constexpr int64_t kLeastTiles = 2;
 constexpr int64_t kMostImages = 8;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -79,9 +83,19 @@ struct Builder {
     return static_cast<int64_t>(s->phases.size()) - 1;
   }
 
-  // Bytes of one lane of all copies of all channels.
+  int64_t copies() const { return s->source_channels * static_cast<int64_t>(s->kinds.size()); }
+  // Bytes of one lane of a strip.
   int64_t bytes_per_lane() const {
-    return s->source_channels * static_cast<int64_t>(s->kinds.size()) * v.lane_bytes;
+    const int64_t other =
+        transposed ? static_cast<int64_t>(s->phases.size()) * s->result_channels : 0;
+    return (copies() + other) * v.lane_bytes;
+  }
+  // Rows of a strip, for rows of so many lanes.
+  int64_t strip_rows(int64_t pitch) const {
+    const int64_t fit = std::max(kStripBytes / (bytes_per_lane() * pitch) - s->span,
+                                 div_up(kLeastTiles * v.narrow_tile * v.lanes, pitch));
+    const int64_t strips = div_up(s->grid[0], std::max<int64_t>(1, fit));
+    return div_up(s->grid[0], std::max<int64_t>(1, strips));
   }
 
   void lanes() {
@@ -114,7 +128,7 @@ struct Builder {
     s->stored = s->grid[1];
     s->segment = s->pitch = s->grid[0] * s->grid[1];
     s->lanes = round_up(shape.batch * s->pitch, v.lanes);
-    const int64_t fit = kStripBytes / std::max<int64_t>(1, bytes_per_lane());
+    const int64_t fit = std::max(kStripBytes / bytes_per_lane(), kLeastTiles * s->tile_lanes);
     s->strip_lanes =
         std::max<int64_t>(1, std::min<int64_t>(fit / s->tile_lanes, 16)) * s->tile_lanes;
     s->strip_lanes = std::min(s->strip_lanes, std::max(s->lanes, v.lanes));
@@ -128,21 +142,23 @@ struct Builder {
     }
     s->stored = std::min(columns, s->grid[1] + right);
     s->segment = std::max(s->grid[1] + right, s->stored + left);
-    // As many images side by side as waste the fewest lanes.
+    // As many images side by side as cost least for a pixel. A vector of a nonzero's product takes
+    // about 1.6 cycles, of a copy 2.5; rows that a strip shares with the next are copied twice.
     double best = 0;
     for (int64_t n = 1; n <= std::min(shape.batch, kMostImages); n++) {
       const int64_t pitch = round_up(n * s->segment, v.lanes);
-      const double used = static_cast<double>(n * s->grid[1]) / static_cast<double>(pitch);
-      if (n > 1 && used < best * 1.02) continue;
-      best = used;
+      const double rows = static_cast<double>(strip_rows(pitch));
+      const double vectors = static_cast<double>(pitch) / static_cast<double>(n * s->grid[1]);
+      const double cost = vectors * (1.6 * static_cast<double>(plan.pattern().nnz) +
+                                     2.5 * static_cast<double>(copies()) * (rows + s->span) / rows);
+      if (n > 1 && cost > best * 0.98) continue;
+      best = cost;
       s->images = n;
       s->pitch = pitch;
     }
     s->groups = div_up(shape.batch, s->images);
     s->lanes = s->grid[0] * s->pitch;
-    const int64_t fit = kStripBytes / std::max<int64_t>(1, bytes_per_lane() * s->pitch) - s->span;
-    const int64_t strips = div_up(s->grid[0], std::max<int64_t>(1, fit));
-    s->strip_lanes = div_up(s->grid[0], std::max<int64_t>(1, strips)) * s->pitch;
+    s->strip_lanes = strip_rows(s->pitch) * s->pitch;
   }
 
   // First lane of what nonzero (o, column) reads, in vectors.
@@ -180,7 +196,8 @@ struct Builder {
     }
   }
   int64_t first_row(int64_t o) const {
-    return o / (shape.out_channels / shape.groups) * (shape.in_channels / shape.groups);
+    return o / (shape.out_channels / shape.groups) * (shape.in_channels / shape.groups) *
+           static_cast<int64_t>(s->phases.size());
   }
 
   void rows() {
@@ -196,7 +213,7 @@ struct Builder {
     s->row_of_column.resize(static_cast<size_t>(p.cols));
     for (int64_t c = 0; c < p.cols; c++)
       s->row_of_column[c] =
-          static_cast<int32_t>(phase_of[c % size] * s->result_channels + c / size);
+          static_cast<int32_t>(c / size * static_cast<int64_t>(s->phases.size()) + phase_of[c % size]);
     s->row_begin.reset(new int32_t[side.rows + 1]());
     int32_t* begin = s->row_begin.get();
     for (int64_t o = 0; o < p.rows; o++)

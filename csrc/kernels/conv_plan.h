@@ -47,7 +47,7 @@ struct ConvSide {
 
   // source planes: element (qy, qx) of phase p is source[qy * step + p], else zero
   int64_t source_channels, source_size[2], source_step[2];
-  // results: row = phase * channels + channel; pixel (y, x) goes to result[y * step + phase]
+  // results: row = channel * phases + phase; pixel (y, x) goes to result[y * step + phase]
   int64_t result_channels, result_size[2], result_step[2];
   std::vector<ConvPhase> phases;  // of the result
   std::vector<ConvKind> kinds;    // of the source

@@ -146,7 +146,7 @@ struct Product {
       with_index(side, [&](auto* index) {
         for (int64_t b = 0; b < side.blocks; b++)
           spmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0,
-                                            r1 - r0, index, values, tile, chunk,
+                                            r1 - r0, index, values, tile, chunk, NV * kLanes<T>,
                                             bias ? bias + r0 : nullptr, b == 0);
       });
       unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);

@@ -136,6 +136,27 @@ ST_INLINE Vec<T> swap_impl(Vec<T> a, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, a, (I ^ H)...);
 }
 
+template <class T, int... I>
+ST_INLINE Vec<T> evens_impl(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
+}
+// Every second lane of a, then of b.
+template <class T>
+ST_INLINE Vec<T> evens(Vec<T> a, Vec<T> b) {
+  return evens_impl<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <class T, int H, int... I>
+ST_INLINE Vec<T> zip_impl(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int w = kLanes<T>;
+  return __builtin_shufflevector(a, b, (H * w / 2 + I / 2 + (I % 2) * w)...);
+}
+// Lanes of a and b in turn: the first half of them (H == 0), or the second.
+template <class T, int H>
+ST_INLINE Vec<T> zip(Vec<T> a, Vec<T> b) {
+  return zip_impl<T, H>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // In-place transpose of a square of kLanes<T> vectors.
 template <class T, int D = 1>
 ST_INLINE void transpose(Vec<T>* r) {
@@ -247,23 +268,36 @@ ST_INLINE Vec<float> load_widened(const bf16* p) {
   for (int i = 0; i < kLanes<float>; i++) t[i] = widen(p[i]);
   return loadu<float>(t);
 }
+// The first n < lanes elements, then zeros. Nothing beyond them is touched.
 template <class S>
-ST_INLINE Vec<Sum<S>> load_widened_some(const S* p, int n) {  // zero beyond n
+ST_INLINE Vec<Sum<S>> load_widened_some(const S* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return reinterpret_cast<Vec<Sum<S>>>(
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+#endif
   Sum<S> t[kLanes<Sum<S>>] = {};
   for (int i = 0; i < n; i++) t[i] = widen(p[i]);
   return loadu<Sum<S>>(t);
 }
+// The first n <= lanes elements, rounded.
 template <class S>
 ST_INLINE void store_narrowed(S* p, Vec<Sum<S>> v, int n) {
+  constexpr int w = kLanes<Sum<S>>;
   if constexpr (sizeof(S) == sizeof(Sum<S>)) {
-    if (n == kLanes<S>) return storeu<S>(p, v);
+    if (n == w) return storeu<S>(p, v);
   }
-  Sum<S> t[kLanes<Sum<S>>];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1),
+                                 reinterpret_cast<__m512>(v));
+#endif
+  Sum<S> t[w];
   storeu<Sum<S>>(t, v);
-  if (n == kLanes<Sum<S>>) {
-    S full[kLanes<Sum<S>>];
+  if (n == w) {
+    S full[w];
     ST_UNROLL
-    for (int i = 0; i < kLanes<Sum<S>>; i++) narrow(t[i], &full[i]);
+    for (int i = 0; i < w; i++) narrow(t[i], &full[i]);
     __builtin_memcpy(p, full, sizeof full);
     return;
   }

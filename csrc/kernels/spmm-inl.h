@@ -18,16 +18,15 @@ constexpr int kChains = NV >= 6   ? 1
 //   index, values: of the whole pattern (nnz); a nonzero reads NV vectors at x + index * Unit
 //   x: aligned, as is Unit. A packed tile (see pack-inl.h) has Unit == NV * lanes and index == the
 //   feature; the strip of a convolution (see conv_plan.h) has Unit == lanes
-//   y: rows x NV * lanes, aligned
+//   y: NV vectors for each of the rows, aligned, y_stride elements apart
 //   bias: rows entries or null; used when `first`, which starts the sums instead of loading them
 template <class T, int NV, int Unit, class I>
 void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                 const I* __restrict index, const T* __restrict values, const T* __restrict x,
-                T* __restrict y, const T* bias, bool first) {
+                T* __restrict y, int64_t y_stride, const T* bias, bool first) {
   constexpr int w = kLanes<T>;
   constexpr int chains = kChains<NV>;
-  constexpr int64_t width = NV * w;
-  for (int64_t r = 0; r < rows; r++, y += width) {
+  for (int64_t r = 0; r < rows; r++, y += y_stride) {
     Vec<T> sum[chains][NV];
     ST_UNROLL
     for (int h = 0; h < chains; h++) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -12,6 +13,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 #include "plan_registry.h"
@@ -130,6 +135,18 @@ inline std::shared_ptr<const PlanEntry> plan_for(const char* op, const Tensor& k
 
 // ---- results and threads ------------------------------------------------------------------------
 
+// A result of some size is written in full at once, and new memory costs a page fault for every
+// 4 KiB: 100 MB of results took 83 ms, 28 with pages of 2 MiB, which Linux gives where asked.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  if (bytes < static_cast<int64_t>(2 * page)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Uninitialised and contiguous. Straight to the allocator: through the dispatcher it costs more
 // than a small kernel.
 inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
@@ -140,7 +157,11 @@ inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* size
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  int64_t bytes = static_cast<int64_t>(t.element_size());
+  for (int64_t d = 0; d < dim; ++d) bytes *= sizes[d];
+  if (bytes >= (4 << 20)) prefer_huge_pages(result.mutable_data_ptr(), bytes);
+  return result;
 }
 
 inline Tensor empty_vector(const Tensor& like, int64_t n) { return empty_like_dtype(like, 1, &n); }
