@@ -101,12 +101,16 @@ def test_any_pattern(name: str, pattern: str, way: str) -> None:
         setting(130, 70, (1, 1), (7, 7)),
         setting(70, 130, (1, 1), (9, 9), stride=2),
         setting(33, 35, (5,), (130,), padding=2),
+        setting(32, 32, (3, 3), (7, 7)),
     ],
-    ids=["3x3", "3x3_stride_2", "1x1", "1x1_stride_2", "1d"],
+    ids=["3x3", "3x3_stride_2", "1x1", "1x1_stride_2", "1d", "several_images_side_by_side"],
 )
-@pytest.mark.parametrize("density", [0.02, 0.1, 0.4])
-def test_layers_of_more_than_one_tile(what: Setting, density: float, dtype: torch.dtype) -> None:
-    with computed_by("sparse"):
+@pytest.mark.parametrize("density", [0.05, 0.4])
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_of_more_than_one_tile(
+    what: Setting, density: float, count: int, dtype: torch.dtype
+) -> None:
+    with computed_by("sparse"), threads(count):
         check_case(make_case(what, 9, dtype, density))
 
 
@@ -524,12 +528,22 @@ def test_checkpoint_and_inference_mode() -> None:
 # The choice
 
 
+LARGE = {  # enough work for several threads
+    "3x3": setting(32, 48, (3, 3), (7, 7), padding=1),
+    "3x3_stride_2": setting(24, 40, (3, 3), (15, 17), padding=1, stride=2),
+    "1x1": setting(64, 48, (1, 1), (7, 9)),
+    "1x1_stride_2": setting(64, 48, (1, 1), (9, 9), stride=2),
+    "groups": setting(32, 32, (3, 3), (9, 10), padding=1, groups=4),
+    "depthwise": setting(64, 64, (3, 3), (13, 13), padding=1, groups=64),
+    "1d": setting(32, 32, (5,), (100,), padding=2),
+    "3d": setting(8, 12, (3, 3, 3), (5, 6, 7), padding=1),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(
-    "name", ["3x3", "3x3_stride_2", "1x1", "depthwise", "7x7_stride_2", "1d", "3d"]
-)
+@pytest.mark.parametrize("name", LARGE)
 def test_every_bit_is_the_same_for_any_thread_count_and_run(name: str, dtype: torch.dtype) -> None:
-    case = make_case(SETTINGS[name], 33, dtype).require_grad()
+    case = make_case(LARGE[name], 21, dtype).require_grad()
     expected: list[Tensor] = []
     torch.use_deterministic_algorithms(True)
     try:

@@ -170,7 +170,7 @@ class _SparseConv(SparseLayer):
             f"stride={self.stride}",
         ]
         if self.padding != (0,) * n:
-            parts.append(f"padding={self.padding!r}")
+            parts.append(f"padding={self.padding}")
         if self.dilation != (1,) * n:
             parts.append(f"dilation={self.dilation}")
         if self.groups != 1:
