@@ -36,8 +36,7 @@ ST_INLINE void copy_row(const S* from, int64_t step, int64_t n, Sum<S>* to) {
       const int left = static_cast<int>(2 * (n - i) - 1);
       const Vec<T> a =
           left >= w ? load_widened(from + 2 * i) : load_widened_some(from + 2 * i, left);
-      const Vec<T> b =
-          left > w ? load_widened_some(from + 2 * i + w, left - w) : Vec<T>{};
+      const Vec<T> b = left > w ? load_widened_some(from + 2 * i + w, left - w) : Vec<T>{};
       storeu<T>(to + i, evens<T>(a, b));
     }
   }
@@ -48,23 +47,25 @@ ST_INLINE void copy_row(const S* from, int64_t step, int64_t n, Sum<S>* to) {
     storeu<T>(to + i, loadu<T>(rest));
   }
 }
+// Zeros from `from` on, up to a vector beyond `to`.
 template <class T>
 ST_INLINE void zero_lanes(T* from, T* to) {
-  if (from < to) __builtin_memset(from, 0, sizeof(T) * (to - from));
+  for (; from < to; from += kLanes<T>) storeu<T>(from, Vec<T>{});
 }
 
-// Lanes [from, to) of one plane: `channel` of the images of `group`, in phase `phase`, at most
-// `width` columns of it. Other lanes become zero. Rows (and `from`) may lie outside the plane.
+// Lanes [from, to) of one plane, moved by `shift` columns: `channel` of the images of `group`, in
+// phase `phase`. Lanes that are no pixel become zero. Rows (and `from`) may lie outside the plane.
+// Writes up to a vector too far: copies keep that much apart.
 template <class S>
 void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const int64_t* phase,
-                int64_t group, int64_t from, int64_t to, int64_t width, Sum<S>* out) {
+                int64_t shift, int64_t group, int64_t from, int64_t to, Sum<S>* out) {
   const int64_t plane = p.size[0] * p.size[1];
   auto count = [&](int d) { return ceil_div(p.size[d] - phase[d], p.step[d]); };
   auto pixel = [&](int64_t n, int64_t y, int64_t x) {
     return p.data + (n * p.channels + channel) * plane + (y * p.step[0] + phase[0]) * p.size[1] +
            x * p.step[1] + phase[1];
   };
-  // Rows in ascending order: a row's last vector may reach into the next row's place.
+  // Everything in ascending order: the last vector of a run may reach into the next one's place.
   Sum<S>* end = out + (to - from);
   if (s.flat) {
     for (int64_t at = from; at < to;) {
@@ -82,21 +83,24 @@ void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const in
     }
     return;
   }
+  const int64_t rows = count(0), images = least(s.images, p.batch - group * s.images);
+  const int64_t first = least(shift < 0 ? -shift : 0, s.grid[1]);  // lanes with a pixel
+  const int64_t last = least(count(1) - shift, s.grid[1]);
   constexpr int64_t w = kLanes<Sum<S>>;
-  const int64_t columns = least(count(1), width), rows = count(0);
-  const int64_t images = least(s.images, p.batch - group * s.images);
-  for (int64_t at = from; at < to; at += s.pitch) {  // both are whole rows here
-    const int64_t y = at / s.pitch;
+  const int64_t covered = first + ceil_div(last - first, w) * w;  // what copy_row writes
+  int64_t y = from / s.pitch - (from < 0 && from % s.pitch ? 1 : 0);
+  for (int64_t at = from; at < to; at += s.pitch, y++) {  // both are whole rows here
     Sum<S>* row = out + at - from;
-    if (at < 0 || y >= rows) {
+    if (at < 0 || y >= rows || first >= last) {
       zero_lanes(row, row + s.pitch);
       continue;
     }
-    const S* image = pixel(group * s.images, y, 0);
+    const S* image = pixel(group * s.images, y, first + shift);
     Sum<S>* place = row;
-    for (int64_t g = 0; g < images; g++, image += p.channels * plane, place += s.segment) {
-      copy_row(image, p.step[1], columns, place);
-      zero_lanes(place + ceil_div(columns, w) * w, place + s.segment);
+    for (int64_t g = 0; g < images; g++, image += p.channels * plane, place += s.grid[1]) {
+      if (first) zero_lanes(place, place + first);
+      copy_row(image, p.step[1], last - first, place + first);
+      if (covered < s.grid[1]) zero_lanes(place + covered, place + s.grid[1]);
     }
     zero_lanes(place, row + s.pitch);
   }
@@ -126,31 +130,17 @@ void prefetch_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, int6
 }
 
 // All copies of channels [c0, c1) for one strip. copies: source_channels x kinds x copy_lanes.
-// line: scratch of copy_lanes and a margin on both sides.
 template <class S>
 void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t strip, int64_t c0,
-                 int64_t c1, Sum<S>* line, int64_t margin, Sum<S>* copies) {
-  typedef Sum<S> T;
-  constexpr int w = kLanes<T>;
+                 int64_t c1, Sum<S>* copies) {
   const int64_t kinds = static_cast<int64_t>(s.kinds.size());
   const int64_t from = s.strip_begin(strip) + s.first_shift * s.pitch;
-  const int64_t length = s.strip_end(strip) - s.strip_begin(strip) + s.span * s.pitch;
+  const int64_t to = s.strip_end(strip) + (s.first_shift + s.span) * s.pitch;
   for (int64_t c = c0; c < c1; c++) {
-    T* copy = copies + c * kinds * s.copy_lanes;
-    if (c + 1 < p.channels) prefetch_lanes(s, p, c + 1, group, from, from + length);
-    if (s.span == 0 && kinds == 1 && s.kinds[0].shift == 0) {
-      fill_lanes(s, p, c, s.kinds[0].phase, group, from, from + length, s.stored, copy);
-      continue;
-    }
-    for (int64_t k = 0; k < kinds; k++, copy += s.copy_lanes) {
-      const ConvKind& kind = s.kinds[k];
-      bool filled = k > 0;
-      for (int d = 0; d < 2; d++) filled = filled && s.kinds[k - 1].phase[d] == kind.phase[d];
-      if (!filled)
-        fill_lanes(s, p, c, kind.phase, group, from, from + length, s.stored, line + margin);
-      const T* at = line + margin + kind.shift;
-      for (int64_t i = 0; i < length; i += w) store<T>(copy + i, loadu<T>(at + i));
-    }
+    if (c + 1 < p.channels) prefetch_lanes(s, p, c + 1, group, from, to);
+    for (int64_t k = 0; k < kinds; k++)
+      fill_lanes(s, p, c, s.kinds[k].phase, s.kinds[k].shift, group, from, to,
+                 copies + (c * kinds + k) * s.copy_lanes);
   }
 }
 
@@ -180,14 +170,13 @@ struct Placer {
   // The runs of lanes [from, from + lanes) of a group; runs has room for `lanes`.
   int list(int64_t group, int64_t from, int64_t lanes, Run* runs) const {
     const bool whole = side.flat && side.result_step[0] == 1 && side.result_step[1] == 1;
-    const int64_t width = side.flat ? (whole ? side.pitch : side.grid[1]) : side.segment;
-    const int64_t used = side.flat ? width : side.grid[1];
+    const int64_t width = whole ? side.pitch : side.grid[1];
     int n = 0;
     for (int64_t at = from; at < from + lanes;) {
       const int64_t row = at / side.pitch, in = at % side.pitch;
       const int64_t step = least(width - in % width, side.pitch - in);
       const int64_t x = in % width, part = in / width;
-      const int64_t count = least(least(step, used - x), from + lanes - at);
+      const int64_t count = least(step, from + lanes - at);
       const int64_t image = side.flat ? row : group * side.images + part;
       const bool there = side.flat ? row < batch : part < side.images && image < batch;
       if (count > 0 && there)
@@ -263,8 +252,7 @@ struct Placer {
       if (y >= size[0]) continue;
       S* to = channel + run.image * side.result_channels * size[0] * size[1] + y * size[1] +
               run.x * step[1] + phase[1];
-      const int64_t count =
-          least(run.count, ceil_div(size[1] - phase[1], step[1]) - run.x);
+      const int64_t count = least(run.count, ceil_div(size[1] - phase[1], step[1]) - run.x);
       if (odd) {
         put_pairs(from + run.lane, odd + run.lane, least(2 * count, size[1] - run.x * 2), to);
       } else {
@@ -363,28 +351,6 @@ ConvVectors conv_vectors() {
   return {kLanes<T>, sizeof(T), kNarrowTile, kWideTile};
 }
 
-// Room for fill_lanes and the shifts on both sides.
-template <class T>
-struct Lines {
-  explicit Lines(const ConvSide& s, int workers) {
-    margin = kLanes<T>;
-    for (const ConvKind& k : s.kinds) {
-      const int64_t shift = k.shift < 0 ? -k.shift : k.shift;
-      if (shift > margin) margin = shift;
-    }
-    margin = ceil_div(margin, kLanes<T>) * kLanes<T>;
-    size = s.copy_lanes + 2 * margin + kLanes<T>;  // copy_row may write a vector too far
-    data = new Scratch<T>(size * workers);
-    __builtin_memset(data->get(), 0, sizeof(T) * size * workers);  // the margins stay zero
-  }
-  ~Lines() { delete data; }
-  Lines(const Lines&) = delete;
-  Lines& operator=(const Lines&) = delete;
-  T* of(int worker) const { return data->get() + worker * size; }
-  int64_t margin, size;
-  Scratch<T>* data;
-};
-
 template <class S>
 int64_t copies_size(const ConvSide& s) {
   return s.source_channels * static_cast<int64_t>(s.kinds.size()) * s.copy_lanes;
@@ -405,7 +371,6 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
   if (!strips || !s.side.rows) return;
   const int workers = worth_waking(parallel, (s.side.nnz + s.side.rows) * s.lanes * s.groups);
   const int64_t size = copies_size<S>(s), chunk = product.chunk_size();
-  Lines<T> lines(s, workers);
   Scratch<T> chunks(chunk * workers);
   Scratch<Run> runs(s.strip_lanes * workers);
 
@@ -413,8 +378,7 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
     Scratch<T> copies(size * workers);
     share(parallel, workers, strips, [&](int worker, int64_t i) {
       T* own = copies.get() + worker * size;
-      fill_copies(s, source, i / s.strips, i % s.strips, 0, s.source_channels, lines.of(worker),
-                  lines.margin, own);
+      fill_copies(s, source, i / s.strips, i % s.strips, 0, s.source_channels, own);
       product.rows(i / s.strips, i % s.strips, own, 0, s.side.rows, chunks.get() + worker * chunk,
                    runs.get() + worker * s.strip_lanes);
     });
@@ -426,7 +390,7 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
   share(parallel, workers, strips * parts, [&](int worker, int64_t i) {
     const int64_t at = i / parts, c = i % parts * channels;
     fill_copies(s, source, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
-                lines.of(worker), lines.margin, copies.get() + at * size);
+                copies.get() + at * size);
   });
   const int64_t step = row_step(s, strips, workers);
   const int64_t pieces = ceil_div(s.side.rows, step);
@@ -446,16 +410,16 @@ struct ConvGradient {
   T* dvalues;  // nnz
 
   // Adds the share of one strip, for rows [r0, r1). copies: of dy; centre: of x, side.rows x
-  // strip_lanes.
+  // centre_lanes.
   void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1) const {
     const Side& side = conv.side;
     for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
       constexpr int NV = decltype(n)::value;
       with_index(side, [&](auto* index) {
         for (int64_t b = 0; b < side.blocks; b++)
-          sddmm_block<T, NV, kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0,
-                                        index, copies + lane, centre + r0 * conv.strip_lanes + lane,
-                                        conv.strip_lanes, dvalues);
+          sddmm_block<T, NV, kLanes<T>>(
+              side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, copies + lane,
+              centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, dvalues);
       });
     });
   }
@@ -472,9 +436,8 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
   if (!strips || !rows) return;
   const int workers = worth_waking(parallel, (s.side.nnz + rows) * s.lanes * s.groups);
   const int64_t together = workers == 1 ? 1 : least(strips, 2 * workers);
-  const int64_t size = copies_size<S>(s), centre_size = rows * s.strip_lanes;
+  const int64_t size = copies_size<S>(s), centre_size = rows * s.centre_lanes;
   const int64_t chunk = product ? product->chunk_size() : 0;
-  Lines<T> lines(s, workers);
   Scratch<T> copies(size * together), centres(centre_size * together), chunks(chunk * workers);
   Scratch<Run> runs(product ? s.strip_lanes * workers : 0);
   const int64_t channels = 16, dy_parts = ceil_div(s.source_channels, channels);
@@ -487,7 +450,7 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
     auto fill_dy = [&](int worker, int64_t i) {
       const int64_t t = i / dy_parts, c = i % dy_parts * channels, at = first + t;
       fill_copies(s, dy, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
-                  lines.of(worker), lines.margin, copies.get() + t * size);
+                  copies.get() + t * size);
     };
     auto fill_x = [&](int64_t i) {
       const int64_t t = i / x_parts, at = first + t, strip = at % s.strips;
@@ -497,8 +460,8 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
       for (int64_t c = c0; c < least(c0 + channels, s.result_channels); c++) {
         if (c + 1 < s.result_channels) prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
         for (int64_t f = 0; f < phases; f++)
-          fill_lanes(s, x, c, s.phases[f].phase, at / s.strips, begin, end, s.grid[1],
-                     centres.get() + t * centre_size + (c * phases + f) * s.strip_lanes);
+          fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,
+                     centres.get() + t * centre_size + (c * phases + f) * s.centre_lanes);
       }
     };
     auto take_dx = [&](int worker, int64_t t) {
@@ -544,8 +507,8 @@ void conv_forward(const ConvForward& a) {
   if (!a.shape.batch) return;
   const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
   const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
-  const ConvProduct<S> product{
-      *s, values.get(), bias.get(), Placer<S>(*s, a.shape.batch, static_cast<S*>(a.y))};
+  const ConvProduct<S> product{*s, values.get(), bias.get(),
+                               Placer<S>(*s, a.shape.batch, static_cast<S*>(a.y))};
   conv_product(product,
                Planes<S>{static_cast<const S*>(a.x), a.shape.batch, a.shape.in_channels,
                          s->source_size, s->source_step},
@@ -602,7 +565,8 @@ void conv_backward(const ConvBackward& a) {
           a.dx, 0,
           sizeof(S) * shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]);
   }
-  const ConvProduct<S> product{*s, values.get(), nullptr, Placer<S>(*s, shape.batch, static_cast<S*>(a.dx))};
+  const ConvProduct<S> product{*s, values.get(), nullptr,
+                               Placer<S>(*s, shape.batch, static_cast<S*>(a.dx))};
   if (!a.dvalues) {
     if (a.dx) conv_product(product, dy, a.parallel);
     return;

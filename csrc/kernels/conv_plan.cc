@@ -8,12 +8,9 @@ namespace sparsetrain {
 namespace {
 
 // Bytes of a strip: the copies and, for the gradient of the values, the other operand. With the
-// pattern and the results they should stay in L2.
-constexpr int64_t kStripBytes = 512 << 10;
-// But a strip has room for this many narrow tiles, even if it then leaves L2: with many channels
-// each vector that is fetched is used often.
-constexpr int64_t kLeastTiles = 2;
-constexpr int64_t kMostImages = 8;
+// pattern and the results they should stay in L2, if each vector of them is used only a few times.
+constexpr int64_t kStripBytes = 900 << 10;
+constexpr int64_t kMostImages = 16;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
@@ -90,14 +87,6 @@ struct Builder {
         transposed ? static_cast<int64_t>(s->phases.size()) * s->result_channels : 0;
     return (copies() + other) * v.lane_bytes;
   }
-  // Rows of a strip, for rows of so many lanes.
-  int64_t strip_rows(int64_t pitch) const {
-    const int64_t fit = std::max(kStripBytes / (bytes_per_lane() * pitch) - s->span,
-                                 div_up(kLeastTiles * v.narrow_tile * v.lanes, pitch));
-    const int64_t strips = div_up(s->grid[0], std::max<int64_t>(1, fit));
-    return div_up(s->grid[0], std::max<int64_t>(1, strips));
-  }
-
   void lanes() {
     const bool wide = plan.density() >= kWideDensity;
     s->tile_lanes = (wide ? v.wide_tile : v.narrow_tile) * v.lanes;
@@ -108,7 +97,8 @@ struct Builder {
       row_lanes();
     }
     s->strips = std::max<int64_t>(1, div_up(s->lanes, s->strip_lanes));
-    s->copy_lanes = s->strip_lanes + s->span * s->pitch;
+    s->copy_lanes = s->strip_lanes + s->span * s->pitch + v.lanes;
+    s->centre_lanes = s->strip_lanes + v.lanes;
   }
   bool is_flat() const {
     if (s->span || s->first_shift) return false;
@@ -125,40 +115,48 @@ struct Builder {
   void flat_lanes() {
     s->images = shape.batch;
     s->groups = 1;
-    s->stored = s->grid[1];
-    s->segment = s->pitch = s->grid[0] * s->grid[1];
+    s->pitch = s->grid[0] * s->grid[1];
     s->lanes = round_up(shape.batch * s->pitch, v.lanes);
-    const int64_t fit = std::max(kStripBytes / bytes_per_lane(), kLeastTiles * s->tile_lanes);
+    const int64_t fit = std::max(kStripBytes / bytes_per_lane(), 2 * s->tile_lanes);
     s->strip_lanes =
         std::max<int64_t>(1, std::min<int64_t>(fit / s->tile_lanes, 16)) * s->tile_lanes;
     s->strip_lanes = std::min(s->strip_lanes, std::max(s->lanes, v.lanes));
   }
+  // As many images side by side, and as many rows in a strip, as cost least for a pixel.
   void row_lanes() {
-    int64_t left = 0, right = 0, columns = 0;
-    for (const ConvKind& k : s->kinds) {
-      left = std::max(left, -k.shift);
-      right = std::max(right, k.shift);
-      columns = std::max(columns, div_up(s->source_size[1] - k.phase[1], s->source_step[1]));
-    }
-    s->stored = std::min(columns, s->grid[1] + right);
-    s->segment = std::max(s->grid[1] + right, s->stored + left);
-    // As many images side by side as cost least for a pixel. A vector of a nonzero's product takes
-    // about 1.6 cycles, of a copy 2.5; rows that a strip shares with the next are copied twice.
     double best = 0;
+    int64_t rows = 0;
     for (int64_t n = 1; n <= std::min(shape.batch, kMostImages); n++) {
-      const int64_t pitch = round_up(n * s->segment, v.lanes);
-      const double rows = static_cast<double>(strip_rows(pitch));
-      const double vectors = static_cast<double>(pitch) / static_cast<double>(n * s->grid[1]);
-      const double cost = vectors * (1.6 * static_cast<double>(plan.pattern().nnz) +
-                                     2.5 * static_cast<double>(copies()) * (rows + s->span) / rows);
-      if (n > 1 && cost > best * 0.98) continue;
-      best = cost;
-      s->images = n;
-      s->pitch = pitch;
+      for (int64_t strips = 1; strips <= s->grid[0]; strips++) {
+        const int64_t r = div_up(s->grid[0], strips);
+        const int64_t pitch = round_up(n * s->grid[1], v.lanes);
+        const int64_t bytes = (r + s->span) * pitch * bytes_per_lane();
+        const double cost = strip_cost(r, pitch, bytes) / static_cast<double>(r * n);
+        if (rows && cost > best * 0.99) continue;
+        best = cost;
+        rows = r;
+        s->images = n;
+        s->pitch = pitch;
+      }
     }
     s->groups = div_up(shape.batch, s->images);
     s->lanes = s->grid[0] * s->pitch;
-    s->strip_lanes = strip_rows(s->pitch) * s->pitch;
+    s->strip_lanes = rows * s->pitch;
+  }
+  // Cycles, about. A vector of a nonzero's product takes 1.6, of a copy 2.5, and a tile fetches its
+  // part of the copies into L1 at 24 bytes a cycle. A strip beyond L2 costs more (512 channels of
+  // 7 x 7 at 95 %: 0.9 MB 11.4 ms, 1.7 MB 11.1, 3.5 MB 14.8, 6 MB 28).
+  double strip_cost(int64_t rows, int64_t pitch, int64_t bytes) const {
+    const double vectors = static_cast<double>(rows * pitch / v.lanes);
+    const double products = 1.6 * vectors * static_cast<double>(plan.pattern().nnz);
+    const double lanes = static_cast<double>((rows + s->span) * pitch * copies());
+    const double copying = 2.5 * lanes / static_cast<double>(v.lanes);
+    const double tiles = std::max(1.0, vectors * v.lanes / s->tile_lanes);
+    const double tile =
+        std::min<double>(s->tile_lanes * (s->span + 1), s->tile_lanes + s->span * pitch);
+    const double fetched = tiles * tile * static_cast<double>(copies() * v.lane_bytes) / 24;
+    const double beyond = static_cast<double>(bytes) / kStripBytes - 1;
+    return (products + copying + fetched) * (1 + 0.2 * std::max(0.0, beyond));
   }
 
   // First lane of what nonzero (o, column) reads, in vectors.
@@ -212,8 +210,8 @@ struct Builder {
     const int64_t size = shape.kernel[0] * shape.kernel[1];
     s->row_of_column.resize(static_cast<size_t>(p.cols));
     for (int64_t c = 0; c < p.cols; c++)
-      s->row_of_column[c] =
-          static_cast<int32_t>(c / size * static_cast<int64_t>(s->phases.size()) + phase_of[c % size]);
+      s->row_of_column[c] = static_cast<int32_t>(c / size * static_cast<int64_t>(s->phases.size()) +
+                                                 phase_of[c % size]);
     s->row_begin.reset(new int32_t[side.rows + 1]());
     int32_t* begin = s->row_begin.get();
     for (int64_t o = 0; o < p.rows; o++)

@@ -1,11 +1,11 @@
 // How a convolution becomes the linear layer's products of sparse rows and packed tiles.
 //
-// Lanes are pixels. A strip of pixels of the result (some rows of some images) is a run of lanes,
-// row by row; each row is padded to whole vectors with zeros, which serve as the zero padding of
-// the convolution, too. A nonzero (c, i, j) then reads the input's plane of channel c, moved by
-// some rows and columns. Moving by rows is adding a constant to an address. Moving by columns would
-// make every load unaligned, so the strip holds a copy of the plane for each distinct column shift
-// (three for a 3x3 kernel, instead of the nine that unfolding makes).
+// Lanes are pixels. A strip of pixels of the result (some rows of some images, side by side) is a
+// run of lanes, row by row; each row is padded to whole vectors. A nonzero (c, i, j) then reads the
+// input's plane of channel c, moved by some rows and columns. Moving by rows is adding a constant
+// to an address. Moving by columns would make every load unaligned, so the strip holds a copy of
+// the plane for each distinct column shift (three for a 3x3 kernel, instead of the nine that
+// unfolding makes).
 //
 // A stride s splits the input into s x s phases, planes of every s-th row and column, on which the
 // convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
@@ -54,19 +54,18 @@ struct ConvSide {
   int64_t first_shift, span;      // row shifts are first_shift .. first_shift + span
 
   // lanes
-  int64_t grid[2];      // pixels (y, x) of one image
-  bool flat;            // no shifts at all: all pixels of all images are one run of lanes
-  int64_t images;       // side by side in one row of lanes
-  int64_t segment;      // lanes from one image to the next in a row
-  int64_t pitch;        // lanes from one row to the next (flat: from one image to the next)
-  int64_t strip_lanes;  // lanes of a strip, a multiple of the vector, and of pitch unless flat
-  int64_t lanes;        // of one group of images (flat: of the batch); rounded up to vectors
-  int64_t groups;       // of images
-  int64_t strips;       // per group
-  int64_t copy_lanes;   // lanes of one copy of a plane: strip_lanes + span * pitch
-  int64_t stored;       // columns of the source kept in a segment
-  int64_t tile_lanes;   // of a full tile
-  Side side;            // rows: result rows; index: first lane of the operand / vector lanes
+  int64_t grid[2];       // pixels (y, x) of one image
+  bool flat;             // no shifts at all: all pixels of all images are one run of lanes
+  int64_t images;        // side by side in one row of lanes
+  int64_t pitch;         // lanes from one row to the next (flat: from one image to the next)
+  int64_t strip_lanes;   // lanes of a strip, a multiple of the vector, and of pitch unless flat
+  int64_t lanes;         // of one group of images (flat: of the batch); rounded up to vectors
+  int64_t groups;        // of images
+  int64_t strips;        // per group
+  int64_t copy_lanes;    // from one copy of a plane to the next: the strip, span rows, a vector
+  int64_t centre_lanes;  // from one row of the other operand to the next: the strip, a vector
+  int64_t tile_lanes;    // of a full tile
+  Side side;             // rows: result rows; index: first lane of the operand / vector lanes
   // Where values go in the transposed direction: row of each column of the pattern, per group.
   std::vector<int32_t> row_of_column;
   std::unique_ptr<int32_t[]> row_begin, index32;
