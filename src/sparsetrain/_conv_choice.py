@@ -52,40 +52,54 @@ class Choice(NamedTuple):
     reason: str
 
 
-_NATIVE = Choice("native", "sparse enough for the sparse kernels")
-_UNFOLDED = Choice("unfolded", "sparse enough for the sparse kernels, depth taps as channels")
-_NATIVE_FIXED = Choice("native", "deterministic algorithms are asked for")
-_UNFOLDED_FIXED = Choice("unfolded", "deterministic algorithms are asked for")
-_DENSE_GROUPS = Choice("dense", "fewer than 4 nonzeros per output channel in small groups")
-_DENSE_DENSITY = Choice("dense", "above the density at which the library product is faster")
+_SPARSE = {
+    False: Choice("native", "sparse enough for the sparse kernels"),
+    True: Choice("unfolded", "sparse enough for the sparse kernels"),
+}
+_DETERMINISTIC = {
+    False: Choice("native", "deterministic algorithms are asked for"),
+    True: Choice("unfolded", "deterministic algorithms are asked for"),
+}
+_UNREAD = Choice("native", "the stride leaves most of the input unread")
+_DEPTHWISE = Choice(
+    "dense", "one input channel per group leaves the sparse kernels nothing to skip"
+)
+_DENSE = Choice("dense", "above the density at which the library product is faster")
 
-# Densities up to which the sparse kernels win.
-_BREAK_EVEN: dict[Direction, float] = {"forward": 0.5, "grad_input": 0.5, "grad_values": 0.5}
-_BREAK_EVEN_UNFOLDED = 0.3
+# The density up to which the sparse kernels win, by dtype. Measured at batches 1 to 8 on one thread
+# of a CPU with AVX-512 and its bfloat16 products, on the layers of ResNet: float32 between 0.5
+# (128 channels, 28 x 28) and 0.8 (batch 1, or 64 channels, 56 x 56); bfloat16 0.2 to 0.4; float64,
+# which the library has no convolution of its own for, 0.7 and more. Unfolding costs as much again.
+_BREAK_EVEN = {torch.float32: 0.55, torch.bfloat16: 0.25, torch.float64: 0.75}
+_UNFOLDED_SHARE = 0.5
 
 
 def choose(direction: Direction, problem: Problem) -> Choice:
     """The implementation for one product; the first line that applies counts.
 
-    | when                                                              | family            |
-    |-------------------------------------------------------------------|-------------------|
-    | torch.use_deterministic_algorithms(True)                          | native, unfolded  |
-    | no more than 4 x 4 channels per group (depthwise too), float32    | dense             |
-    | density above the break-even of the direction                     | dense             |
-    | otherwise                                                         | native, unfolded  |
+    | when                                                          | family            |
+    |---------------------------------------------------------------|-------------------|
+    | torch.use_deterministic_algorithms(True)                      | native, unfolded  |
+    | one input channel per group (depthwise); not in float64       | dense             |
+    | grad_input of a 1 x 1 kernel with a stride, 2-D               | native            |
+    | density above 0.55 (float32), 0.25 (bfloat16), 0.75 (float64) | dense             |
+    | the same, but 3-D: half of these                              | dense             |
+    | otherwise                                                     | native, unfolded  |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.
     """
     deep = len(problem.kernel_size) == 3
     if problem.deterministic:
-        return _UNFOLDED_FIXED if deep else _NATIVE_FIXED
-    groups = problem.groups
-    if groups > 1 and max(problem.out_channels, problem.input_shape[1]) <= 4 * groups:
-        return _DENSE_GROUPS
-    if problem.density > (_BREAK_EVEN_UNFOLDED if deep else _BREAK_EVEN[direction]):
-        return _DENSE_DENSITY
-    return _UNFOLDED if deep else _NATIVE
+        return _DETERMINISTIC[deep]
+    channels = problem.input_shape[1] // problem.groups
+    if channels == 1 and problem.groups > 1 and problem.dtype is not torch.float64:
+        return _DEPTHWISE
+    taps, steps = math.prod(problem.kernel_size), math.prod(problem.stride)
+    if direction == "grad_input" and not deep and taps == 1 and steps > 1:
+        return _UNREAD
+    break_even = _BREAK_EVEN[problem.dtype] * (_UNFOLDED_SHARE if deep else 1.0)
+    return _DENSE if problem.density > break_even else _SPARSE[deep]
 
 
 def explain(problem: Problem) -> str:
