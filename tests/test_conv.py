@@ -24,6 +24,7 @@ from conv_cases import (
     setting,
 )
 from helpers import BOUND, DTYPES, MASKS, CountOps, error_in_bounds, generator, threads
+from sparsetrain._conv_choice import DIRECTIONS, Problem, choose, explain
 from sparsetrain.conv_ops import sparse_conv
 from sparsetrain.pattern import SparsePattern
 
@@ -573,6 +574,48 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
                 results += torch.autograd.grad(case.sparse(*case.leaves), case.bias, grad)
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "families"),
+    [
+        ({}, ["native"] * 3),
+        ({"nnz": 30_000}, ["dense"] * 3),
+        ({"nnz": 30_000, "deterministic": True}, ["native"] * 3),
+        ({"nnz": 25_000, "dtype": torch.float64}, ["native"] * 3),
+        ({"nnz": 15_000, "dtype": torch.bfloat16}, ["dense"] * 3),
+        ({"nnz": 36_864, "input_shape": (1, 64, 4, 4)}, ["native"] * 3),
+        ({"groups": 64, "nnz": 57}, ["dense"] * 3),
+        ({"groups": 64, "nnz": 57, "dtype": torch.float64}, ["native"] * 3),
+        ({"groups": 64, "nnz": 57, "deterministic": True}, ["native"] * 3),
+        (
+            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 4000},
+            ["dense", "native", "dense"],
+        ),
+    ],
+)
+def test_the_documented_choice(changes: dict[str, Any], families: list[str]) -> None:
+    problem = Problem(
+        input_shape=(32, 64, 56, 56),
+        out_channels=64,
+        nnz=3686,
+        kernel_size=(3, 3),
+        stride=(1, 1),
+        padding=(1, 1),
+        dilation=(1, 1),
+        groups=1,
+        dtype=torch.float32,
+    )._replace(**changes)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    for line, family in zip(explain(problem).splitlines()[1:], families, strict=True):
+        assert line.split()[1] == family
+
+
+@pytest.mark.parametrize(("nnz", "family"), [(2_000, "unfolded"), (5_000, "dense")])
+def test_the_documented_choice_in_three_dimensions(nnz: int, family: str) -> None:
+    three = [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 1, 1)]
+    problem = Problem((4, 16, 16, 16, 16), 32, nnz, *three, 1, torch.float32)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == [family] * 3
 
 
 def test_forced_pattern_shapes() -> None:

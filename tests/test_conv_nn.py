@@ -64,6 +64,7 @@ def net():
 # The layer
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own layer
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_converts_to_the_dense_layer_and_back(name):
     what = SETTINGS[name]

@@ -61,6 +61,7 @@ _DETERMINISTIC = {
     True: Choice("unfolded", "deterministic algorithms are asked for"),
 }
 _UNREAD = Choice("native", "the stride leaves most of the input unread")
+_SMALL = Choice("native", "too little work for the library's fixed costs")
 _DEPTHWISE = Choice(
     "dense", "one input channel per group leaves the sparse kernels nothing to skip"
 )
@@ -81,6 +82,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     |---------------------------------------------------------------|-------------------|
     | torch.use_deterministic_algorithms(True)                      | native, unfolded  |
     | one input channel per group (depthwise); not in float64       | dense             |
+    | less than a million multiplications, 2-D                      | native            |
     | grad_input of a 1 x 1 kernel with a stride, 2-D               | native            |
     | density above 0.55 (float32), 0.25 (bfloat16), 0.75 (float64) | dense             |
     | the same, but 3-D: half of these                              | dense             |
@@ -96,6 +98,9 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     if channels == 1 and problem.groups > 1 and problem.dtype is not torch.float64:
         return _DEPTHWISE
     taps, steps = math.prod(problem.kernel_size), math.prod(problem.stride)
+    pixels = problem.input_shape[0] * math.prod(problem.input_shape[2:]) // steps
+    if not deep and pixels * problem.nnz < 1_000_000:
+        return _SMALL
     if direction == "grad_input" and not deep and taps == 1 and steps > 1:
         return _UNREAD
     break_even = _BREAK_EVEN[problem.dtype] * (_UNFOLDED_SHARE if deep else 1.0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from sparsetrain._arguments import check_tensors
+from sparsetrain._arguments import DTYPES, check_tensors
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
@@ -18,6 +18,7 @@ __all__ = [
     "PADDING_MODES",
     "Geometry",
     "check",
+    "fits",
     "geometry_of",
     "integers",
     "output_size",
@@ -35,7 +36,8 @@ class Geometry(NamedTuple):
     """How a kernel moves over an input of n spatial dimensions.
 
     `padding` zeros are added on both sides by the convolution itself; `extra` is what has to be
-    added before, as torch.nn.functional.pad takes it, in `mode`.
+    added before, as torch.nn.functional.pad takes it, in `mode`. The rest follows: the number of
+    `taps` of the kernel, and the `least` sizes that an input must have.
     """
 
     kernel_size: tuple[int, ...]
@@ -43,8 +45,10 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    extra: tuple[int, ...] = ()
-    mode: str = "constant"
+    extra: tuple[int, ...]
+    mode: str
+    taps: int
+    least: tuple[int, ...]
 
 
 def output_size(
@@ -118,7 +122,18 @@ def geometry_of(
     rest = [(b - i, a - i) for b, a, i in zip(before, after, inside, strict=True)]
     extra = tuple(v for pair in reversed(rest) for v in pair)
     return Geometry(
-        kernel_size, strides, inside, dilations, groups, extra if any(extra) else (), mode
+        kernel_size,
+        strides,
+        inside,
+        dilations,
+        groups,
+        extra if any(extra) else (),
+        mode,
+        math.prod(kernel_size),
+        tuple(
+            d * (k - 1) + 1 - b - a
+            for k, d, b, a in zip(kernel_size, dilations, before, after, strict=True)
+        ),
     )
 
 
@@ -147,7 +162,7 @@ def check(
 ) -> None:
     """Raises if the arguments do not fit; says which, what it is, what is taken, and the fix."""
     check_tensors(input, values, bias)
-    n, taps = len(geometry.kernel_size), math.prod(geometry.kernel_size)
+    n, taps = len(geometry.kernel_size), geometry.taps
     rows, cols = pattern.shape
     if cols % taps:
         raise ValueError(
@@ -173,17 +188,37 @@ def check(
     _check_sizes(tuple(input.shape[-n:]), geometry)
 
 
+def fits(
+    input: Any, values: Tensor, bias: Tensor | None, pattern: SparsePattern, geometry: Geometry
+) -> bool:
+    """Whether `check` has nothing to say; quicker than asking it."""
+    if not (
+        isinstance(input, Tensor)
+        and input.dtype in DTYPES
+        and input.dtype is values.dtype
+        and (bias is None or bias.dtype is values.dtype)
+        and input.is_cpu
+        and values.is_cpu
+    ):
+        return False
+    least, groups = geometry.least, geometry.groups
+    rows, cols = pattern.shape
+    shape = input.shape
+    return (
+        -2 <= len(least) - len(shape) <= -1
+        and shape[-len(least) - 1] * geometry.taps == cols * groups
+        and rows % groups == 0
+        and cols % geometry.taps == 0
+        and all(size >= low for size, low in zip(shape[-len(least) :], least, strict=True))
+    )
+
+
 def _check_sizes(size: tuple[int, ...], geometry: Geometry) -> None:
     """Raises where the kernel is larger than the padded input."""
-    n = len(size)
-    extra = geometry.extra or (0,) * (2 * n)
-    padded = tuple(
-        size[i] + 2 * geometry.padding[i] + extra[2 * (n - 1 - i)] + extra[2 * (n - 1 - i) + 1]
-        for i in range(n)
-    )
     reach = tuple(
         d * (k - 1) + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
     )
+    padded = tuple(n + r - low for n, r, low in zip(size, reach, geometry.least, strict=True))
     if any(p < r for p, r in zip(padded, reach, strict=True)):
         raise ValueError(
             f"input has spatial sizes {size}, padded {padded}, which is smaller than the kernel "

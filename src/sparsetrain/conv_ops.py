@@ -20,6 +20,7 @@ Paper: Nikdan et al., SparseProp, 2023, https://arxiv.org/abs/2302.04852.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from sparsetrain._arguments import autocast
 from sparsetrain._conv_choice import Direction, Problem, choose
 from sparsetrain._conv_define import NATIVE, Operations
 from sparsetrain._conv_dense import DENSE
-from sparsetrain._conv_shapes import Geometry, check, geometry_of, integers, output_size
+from sparsetrain._conv_shapes import Geometry, check, fits, geometry_of, integers, output_size
 from sparsetrain._conv_unfolded import UNFOLDED
 from sparsetrain._products import Family
 
@@ -239,23 +240,32 @@ def sparse_conv(
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for, or padding
             that torch.nn.functional.pad refuses.
     """
-    kernel = _kernel(kernel_size)
-    geometry = geometry_of(kernel, stride, padding, dilation, groups, padding_mode)
+    window = tuple(
+        tuple(size) if isinstance(size, list) else size
+        for size in (kernel_size, stride, padding, dilation, groups, padding_mode)
+    )
+    find = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    geometry = find(*window)
     if torch.is_autocast_enabled("cpu"):
         input, values, bias = autocast(input, values, bias)
-    check(input, values, bias, pattern, geometry)
-    if input.ndim == len(kernel) + 1:
+    if not fits(input, values, bias, pattern, geometry):
+        check(input, values, bias, pattern, geometry)
+    if input.ndim == len(geometry.kernel_size) + 1:
         return _batched(input.unsqueeze(0), values, bias, pattern, geometry).squeeze(0)
     return _batched(input, values, bias, pattern, geometry)
 
 
-def _kernel(kernel_size: Any) -> tuple[int, ...]:
+def _geometry(kernel_size: Any, *window: Any) -> Geometry:
     if not isinstance(kernel_size, (tuple, list)) or len(kernel_size) not in (1, 2, 3):
         raise ValueError(
             "kernel_size must be a tuple of 1, 2 or 3 integers, one for each spatial dimension; "
             f"got {kernel_size!r}"
         )
-    return integers(kernel_size, len(kernel_size), "kernel_size", 1)
+    kernel = integers(kernel_size, len(kernel_size), "kernel_size", 1)
+    return geometry_of(kernel, *window)
+
+
+_cached_geometry = functools.lru_cache(maxsize=1024)(_geometry)
 
 
 def _batched(
