@@ -93,24 +93,27 @@ class Widened {
   const T* data_;
 };
 
-// out: values in the order of the transposed side. A worker takes some column blocks of all rows;
-// each nonzero goes to the next free place of its column.
+// out: values in the order of the transposed side.
 template <class S>
 void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
                           const Parallel& parallel) {
   const Side& side = plan.forward();
   const Side& transposed = plan.transposed();
+  if (const uint16_t* place = transposed.place16.get()) {
+    const uint16_t* row = transposed.index16.get();
+    const int workers = worth_waking(parallel, 4 * side.nnz);
+    share(parallel, workers, workers, [&](int, int64_t i) {
+      const int64_t end = side.nnz * (i + 1) / workers;
+      for (int64_t k = side.nnz * i / workers; k < end; k++)
+        out[k] = widen(values[side.row_begin[row[k]] + place[k]]);
+    });
+    return;
+  }
+  // Very large layers: each nonzero, in order, goes to the next free place of its column.
   Scratch<int32_t> next(side.cols);
   __builtin_memcpy(next.get(), transposed.row_begin, sizeof(int32_t) * side.cols);
-  const int workers = worth_waking(parallel, 4 * side.nnz);
-  const int64_t parts = least(side.blocks, workers);
   with_index(side, [&](auto* index) {
-    share(parallel, workers, parts, [&](int, int64_t i) {
-      const int32_t* begin = side.begin_of(side.blocks * i / parts);
-      const int32_t* end = side.begin_of(side.blocks * (i + 1) / parts);
-      for (int64_t r = 0; r < side.rows; r++)
-        for (int32_t k = begin[r]; k < end[r]; k++) out[next.get()[index[k]]++] = widen(values[k]);
-    });
+    for (int64_t k = 0; k < side.nnz; k++) out[next.get()[index[k]]++] = widen(values[k]);
   });
 }
 

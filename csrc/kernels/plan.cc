@@ -46,7 +46,8 @@ void cut(Side* side, const I* index) {
 }
 
 template <class I>
-void transpose_into(const Pattern& p, int32_t* tcrow, I* tcol, int32_t* perm = nullptr) {
+void transpose_into(const Pattern& p, int32_t* tcrow, I* tcol, int32_t* perm = nullptr,
+                    uint16_t* place = nullptr) {
   std::memset(tcrow, 0, sizeof(int32_t) * (p.cols + 1));
   for (int64_t k = 0; k < p.nnz; k++) tcrow[p.col[k] + 1]++;
   for (int64_t c = 0; c < p.cols; c++) tcrow[c + 1] += tcrow[c];
@@ -55,6 +56,7 @@ void transpose_into(const Pattern& p, int32_t* tcrow, I* tcol, int32_t* perm = n
       const int32_t at = tcrow[p.col[k]]++;
       tcol[at] = static_cast<I>(r);
       if (perm) perm[at] = k;
+      if (place) place[at] = static_cast<uint16_t>(k - p.crow[r]);
     }
   }
   for (int64_t c = p.cols; c > 0; c--) tcrow[c] = tcrow[c - 1];
@@ -124,7 +126,8 @@ void Plan::build_transposed() const {
   side.row_begin = trow_begin_.get();
   if (p.rows <= kShortIndex) {
     side.index16.reset(new uint16_t[p.nnz]);
-    transpose_into(p, trow_begin_.get(), side.index16.get());
+    if (p.cols <= kShortIndex) side.place16.reset(new uint16_t[p.nnz]);
+    transpose_into(p, trow_begin_.get(), side.index16.get(), nullptr, side.place16.get());
     cut(&side, side.index16.get());
   } else {
     tindex32_.reset(new int32_t[p.nnz]);

@@ -22,6 +22,9 @@ struct Side {
   std::unique_ptr<int32_t[]> cuts;      // (blocks - 1) x rows: where block b + 1 of a row begins
   const int32_t* index32 = nullptr;     // nnz column numbers, or null if index16 holds them
   std::unique_ptr<uint16_t[]> index16;  // the same, when cols <= 65536: less to stream by
+  // Transposed, with index16: nonzero k has the value number crow[index16[k]] + place16[k]. Two
+  // bytes instead of a permutation's four.
+  std::unique_ptr<uint16_t[]> place16;
 
   // rows entries each: block b of row r is [begin_of(b)[r], begin_of(b + 1)[r])
   const int32_t* begin_of(int64_t b) const {
@@ -31,7 +34,7 @@ struct Side {
   }
   size_t bytes() const {
     return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) +
-           (index16 ? sizeof(uint16_t) * nnz : 0);
+           (index16 ? sizeof(uint16_t) * nnz : 0) + (place16 ? sizeof(uint16_t) * nnz : 0);
   }
 };
 
