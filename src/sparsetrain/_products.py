@@ -40,6 +40,10 @@ __all__ = ["Family", "Products", "Shapes", "sum_over_outputs"]
 Geometry = tuple[Any, ...]
 _Out = TypeVar("_Out")
 
+# Looked up once: on a tiny layer, an attribute chain costs as much as the check.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
 
 class Shapes(Protocol):
     """What the derivatives must know about one kind of layer."""
@@ -137,8 +141,10 @@ class Family:
         grad_values: Callable[..., tuple[Tensor, Tensor]],
         backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
         shapes: Shapes,
-        products: Products,
+        products: Products | None = None,
     ) -> None:
+        """`products` is asked for the derivatives: this family itself where None."""
+        products = products or self
         self.forward = _Operation(_Forward(forward, shapes, products))
         self.grad_input = _Operation(_GradInput(grad_input, shapes, products))
         self.grad_values = _Operation(_GradValues(grad_values, shapes, products))
@@ -156,8 +162,7 @@ class Family:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both gradients at once, where nothing asks for their own derivatives."""
         if transforming() or (
-            torch.is_grad_enabled()
-            and (grad.requires_grad or x.requires_grad or values.requires_grad)
+            _is_grad_enabled() and (grad.requires_grad or x.requires_grad or values.requires_grad)
         ):
             crow, col, key, *geometry, bias = rest
             size = self._backward.shapes.size(x.shape)
@@ -165,7 +170,7 @@ class Family:
                 self.grad_input(grad, values, crow, col, key, size, *geometry),
                 *self.grad_values(grad, x, crow, col, key, *geometry, bias),
             )
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._backward_op(grad, x, values, *rest)
         with below_autograd():
             return self._backward_direct(grad, x, values, *rest)
@@ -204,7 +209,13 @@ class _Rules(Generic[_Out]):
 
 
 class _Operation(Generic[_Out]):
-    """The typed way into an operation, by the cheapest route that is right (see ops.py)."""
+    """The typed way into an operation, by the cheapest route that is right.
+
+    nothing to record                    the native operation itself
+    plain autograd                       an old-style `autograd.Function`
+    torch.func, forward-mode AD          a `setup_context` Function, the kind these accept
+    torch.compile, torch.export          the registered operation, with its registered derivatives
+    """
 
     def __init__(self, rules: _Rules[_Out]) -> None:
         self.op = rules.op
@@ -215,12 +226,12 @@ class _Operation(Generic[_Out]):
     def __call__(self, *inputs: Any) -> _Out:
         if transforming():
             return self.transformable(*inputs)
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self.op(*inputs)
-        if torch.is_grad_enabled() and any(
-            inputs[i] is not None and inputs[i].requires_grad for i in self.differentiable
-        ):
-            return self.fast(*inputs)
+        if _is_grad_enabled():
+            for i in self.differentiable:
+                if inputs[i] is not None and inputs[i].requires_grad:
+                    return self.fast(*inputs)
         with below_autograd():
             return self.direct(*inputs)
 
@@ -237,7 +248,8 @@ class _Forward(_Rules[Tensor]):
         self, ctx: Any, inputs: tuple[Any, ...], needs: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         x, values, _, crow, col, key, *ctx.geometry = inputs
-        ctx.x_shape = x.shape
+        if not needs[1]:
+            ctx.x_shape = x.shape
         return x if needs[1] else None, values if needs[0] else None, crow, col, key
 
     def backward(self, ctx: Any, *grads: Any) -> Grads:
@@ -250,13 +262,15 @@ class _Forward(_Rules[Tensor]):
                 grad, x, values, *pattern, *ctx.geometry, needs_bias
             )
         elif needs_x:
-            size = self.shapes.size(ctx.x_shape)
+            size = self.shapes.size(ctx.x_shape if x is None else x.shape)
             dx = self.products.grad_input(grad, values, *pattern, size, *ctx.geometry)
         elif needs_values:
             dvalues, dbias = self.products.grad_values(grad, x, *pattern, *ctx.geometry, needs_bias)
         if needs_bias and not needs_values:
             dbias = sum_over_outputs(grad)
-        return dx, dvalues, dbias if needs_bias else None, *(None,) * (3 + len(ctx.geometry))
+        if not needs_bias:
+            dbias = None
+        return dx, dvalues, dbias, None, None, None, *(None,) * len(ctx.geometry)
 
     def jvp(self, ctx: Any, *tangents: Any) -> Tensor:
         dx, dvalues, dbias, *_ = tangents
