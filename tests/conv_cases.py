@@ -104,6 +104,8 @@ SETTINGS = {
     "3d_more_padding_than_depth": setting(2, 3, (2, 1, 1), (1, 3, 3), padding=(4, 0, 0), stride=3),
 }
 
+SMALL = setting(2, 4, (2, 3), (4, 5), padding=(1, 0), stride=(2, 1), groups=2)
+
 
 # --------------------------------------------------------------------------------------------------
 # Which implementation computes
