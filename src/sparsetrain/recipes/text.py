@@ -26,6 +26,7 @@ from sparsetrain.recipes.checkpoint import write_atomically
 from sparsetrain.recipes.engine import Batch, Lane, Schedule
 from sparsetrain.recipes.errors import InputError
 from sparsetrain.recipes.progress import Progress
+from sparsetrain.recipes.pruning import RATE
 from sparsetrain.recipes.report import build_report, write_json, write_plot
 from sparsetrain.recipes.session import CHECKPOINT, Session, Settings
 from sparsetrain.recipes.text_data import Corpus, read_corpus, stratified_split
@@ -258,12 +259,15 @@ def resolve_steps(options: TextOptions, train_size: int) -> TextOptions:
 
 
 def _settings(options: TextOptions) -> Settings:
-    def schedule(steps: int, seed: int, decay: bool) -> Schedule:
-        return Schedule(steps, options.batch, options.lr, options.weight_decay, seed, decay)
-
+    tune = Schedule(
+        options.steps, options.batch, options.lr, options.weight_decay, seed=2 * options.seed + 1
+    )
+    prune = dataclasses.replace(
+        tune, steps=options.prune_steps, lr=RATE * tune.lr, seed=2 * options.seed, decay=False
+    )
     return Settings(
-        prune=schedule(options.prune_steps, 2 * options.seed, decay=False),
-        tune=schedule(options.steps, 2 * options.seed + 1, decay=True),
+        prune=prune,
+        tune=tune,
         sparsity=options.sparsity,
         distribution=options.distribution,
         compare=options.compare,
