@@ -106,9 +106,11 @@ void Plan::build_forward() const {
   side.row_begin = p.crow;
   side.index32 = p.col;
   cut(&side, p.col);
-  if (p.cols > kShortIndex) return;
-  side.index16.reset(new uint16_t[p.nnz]);
-  for (int64_t k = 0; k < p.nnz; k++) side.index16[k] = static_cast<uint16_t>(p.col[k]);
+  if (p.cols <= kShortIndex) {
+    side.index16.reset(new uint16_t[p.nnz]);
+    for (int64_t k = 0; k < p.nnz; k++) side.index16[k] = static_cast<uint16_t>(p.col[k]);
+  }
+  side_bytes_ += side.bytes();
 }
 
 const Side& Plan::transposed() const {
@@ -135,12 +137,11 @@ void Plan::build_transposed() const {
     side.index32 = tindex32_.get();
     cut(&side, side.index32);
   }
+  side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1 + (tindex32_ ? p.nnz : 0));
 }
 
 size_t Plan::bytes() const {
-  size_t bytes = sizeof(Plan) + forward_.bytes() + transposed_.bytes();
-  if (trow_begin_) bytes += sizeof(int32_t) * (pattern_.cols + 1);
-  if (tindex32_) bytes += sizeof(int32_t) * pattern_.nnz;
+  size_t bytes = sizeof(Plan) + side_bytes_;
   for (ConvSlot& slot : conv_slots_) {
     const std::lock_guard<std::mutex> lock(slot.mutex);
     if (slot.side) bytes += slot.side->bytes();

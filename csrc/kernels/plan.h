@@ -4,6 +4,7 @@
 // derived from the pattern alone, in O(nnz), and can be rebuilt.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -55,7 +56,7 @@ class Plan {
   const Side& forward() const;     // built by the first call, from any thread
   const Side& transposed() const;  // likewise
   double density() const;
-  size_t bytes() const;
+  size_t bytes() const;  // of what is built; from any thread
 
   // The last convolution computed with this pattern, by direction (see conv_plan.h).
   struct ConvSlot {
@@ -75,6 +76,7 @@ class Plan {
   mutable std::once_flag transposed_once_;
   mutable Side transposed_;
   mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_;
+  mutable std::atomic<size_t> side_bytes_{0};  // each side adds its own once it is built
 };
 
 }  // namespace sparsetrain
