@@ -387,7 +387,7 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
   // Few strips: all are filled first, then workers share out their rows.
   Scratch<T> copies(size * strips);
   const int64_t channels = 16, parts = ceil_div(s.source_channels, channels);
-  share(parallel, workers, strips * parts, [&](int worker, int64_t i) {
+  share(parallel, workers, strips * parts, [&](int, int64_t i) {
     const int64_t at = i / parts, c = i % parts * channels;
     fill_copies(s, source, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
                 copies.get() + at * size);
@@ -447,7 +447,7 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
 
   for (int64_t first = 0; first < strips; first += together) {
     const int64_t n = least(strips - first, together);
-    auto fill_dy = [&](int worker, int64_t i) {
+    auto fill_dy = [&](int64_t i) {
       const int64_t t = i / dy_parts, c = i % dy_parts * channels, at = first + t;
       fill_copies(s, dy, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
                   copies.get() + t * size);
@@ -474,8 +474,8 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
         gradient.rows((first + t) % s.strips, copies.get() + t * size,
                       centres.get() + t * centre_size, i * step, least((i + 1) * step, rows));
     };
-    share(parallel, workers, n * (dy_parts + x_parts), [&](int worker, int64_t i) {
-      if (i < n * dy_parts) return fill_dy(worker, i);
+    share(parallel, workers, n * (dy_parts + x_parts), [&](int, int64_t i) {
+      if (i < n * dy_parts) return fill_dy(i);
       fill_x(i - n * dy_parts);
     });
     const int64_t dx_items = product ? n : 0;
