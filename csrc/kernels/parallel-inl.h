@@ -48,9 +48,10 @@ void share(const Parallel& parallel, int workers, int64_t items, const Body& bod
         Context& c = *static_cast<Context*>(opaque);
         for (;;) {
           const int64_t i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
-          if (i >= c.items) return;
+          if (i >= c.items) break;
           c.body(static_cast<int>(worker), i);
         }
+        stream_fence();  // before another thread may be told that this one is done
       },
       &context);
 }

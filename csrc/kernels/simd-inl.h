@@ -75,6 +75,11 @@ ST_INLINE void stream(T* p, Vec<T> v) {
   store<T>(p, v);
 #endif
 }
+ST_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 template <class T>
 ST_INLINE Vec<T> loadu(const T* p) {
   Vec<T> v;
