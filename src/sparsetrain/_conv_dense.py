@@ -21,13 +21,14 @@ from sparsetrain._conv_define import define
 __all__ = ["DENSE"]
 
 
-def _positions(crow: Tensor, col: Tensor, cols: int) -> Tensor:
-    """Each nonzero's place in the flattened weight: int64 (nnz,)."""
+def _positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
+    """Each nonzero's place in the flattened weight of `shape`: int64 (nnz,)."""
+    cols = math.prod(shape[1:])
     fault, where = torch.ops.sparsetrain.check_pattern(crow, col, cols)
     if fault:
         raise RuntimeError(f"crow and col are no valid pattern: fault {fault} at {where}")
-    rows, columns = torch._convert_indices_from_csr_to_coo(crow, col).unbind()
-    return rows.mul_(cols).add_(columns)
+    starts = torch.arange(crow.shape[0] - 1).mul_(cols)
+    return torch.repeat_interleave(starts, crow.diff(), output_size=col.shape[0]).add_(col)
 
 
 def _weight_shape(crow: Tensor, channels: int, window: tuple[Any, ...]) -> list[int]:
@@ -35,12 +36,11 @@ def _weight_shape(crow: Tensor, channels: int, window: tuple[Any, ...]) -> list[
     return [crow.shape[0] - 1, channels // groups, *kernel_size]
 
 
-def _weight(values: Tensor, crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
+def _weight(values: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """The dense weight of `shape` (O, C / groups, *kernel)."""
-    if values.shape != col.shape:
-        raise RuntimeError(f"values has {values.numel()} entries, expected {col.numel()}")
-    zeros = values.new_zeros(math.prod(shape))
-    return zeros.scatter_(0, _positions(crow, col, math.prod(shape[1:])), values).view(shape)
+    if values.shape != positions.shape:
+        raise RuntimeError(f"values has {values.numel()} entries, expected {positions.numel()}")
+    return values.new_zeros(math.prod(shape)).scatter_(0, positions, values).view(shape)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -59,7 +59,8 @@ def _forward(
     key: Tensor,
     *window: Any,
 ) -> Tensor:
-    weight = _weight(values, crow, col, _weight_shape(crow, x.shape[1], window))
+    shape = _weight_shape(crow, x.shape[1], window)
+    weight = _weight(values, _positions(crow, col, shape), shape)
     _, stride, padding, dilation, groups = window
     bias = None if bias is None else _wide(bias)
     zero = [0] * len(stride)
@@ -103,7 +104,8 @@ def _grad_input(
     input_size: Sequence[int],
     *window: Any,
 ) -> Tensor:
-    weight = _weight(values, crow, col, _weight_shape(crow, input_size[1], window))
+    shape = _weight_shape(crow, input_size[1], window)
+    weight = _weight(values, _positions(crow, col, shape), shape)
     x = grad.new_empty(input_size)  # only its shape counts
     dx = _library_backward(grad, x, weight, window, (True, False, False))[0]
     return dx.to(grad.dtype).contiguous()
@@ -113,9 +115,10 @@ def _grad_values(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, key: Tensor, *window_and_bias: Any
 ) -> tuple[Tensor, Tensor]:
     *window, bias = window_and_bias
-    weight = grad.new_empty(_weight_shape(crow, x.shape[1], tuple(window)))  # only its shape counts
+    shape = _weight_shape(crow, x.shape[1], tuple(window))
+    weight = grad.new_empty(shape)  # only its shape counts
     _, dweight, dbias = _library_backward(grad, x, weight, tuple(window), (False, True, bias))
-    return _read_back(grad, dweight, dbias, crow, col, bias)
+    return _read_back(grad, dweight, dbias, _positions(crow, col, shape), bias)
 
 
 def _backward(
@@ -128,16 +131,17 @@ def _backward(
     *window_and_bias: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *window, bias = window_and_bias
-    weight = _weight(values, crow, col, _weight_shape(crow, x.shape[1], tuple(window)))
+    shape = _weight_shape(crow, x.shape[1], tuple(window))
+    positions = _positions(crow, col, shape)
+    weight = _weight(values, positions, shape)
     dx, dweight, dbias = _library_backward(grad, x, weight, tuple(window), (True, True, bias))
-    return dx.to(grad.dtype).contiguous(), *_read_back(grad, dweight, dbias, crow, col, bias)
+    return dx.to(grad.dtype).contiguous(), *_read_back(grad, dweight, dbias, positions, bias)
 
 
 def _read_back(
-    grad: Tensor, dweight: Tensor, dbias: Tensor, crow: Tensor, col: Tensor, bias: bool
+    grad: Tensor, dweight: Tensor, dbias: Tensor, positions: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient at the nonzeros, (nnz,), and that of the bias, (O,) or (0,)."""
-    positions = _positions(crow, col, math.prod(dweight.shape[1:]))
     dvalues = dweight.reshape(-1).index_select(0, positions).to(grad.dtype)
     return dvalues, dbias.to(grad.dtype) if bias else grad.new_empty(0)
 
