@@ -126,7 +126,9 @@ def train_text(
     threads: Annotated[
         int | None, typer.Option(help="Threads (default: what PyTorch chooses).")
     ] = None,
-    title: Annotated[str, typer.Option(help="Title of the table and the plot.")] = "",
+    title: Annotated[
+        str, typer.Option(help="Title of table and plot (default: the model folder).")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Run the text recipe (its help is TEXT_HELP)."""

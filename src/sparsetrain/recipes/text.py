@@ -314,7 +314,7 @@ def run(options: TextOptions, progress: Progress) -> dict[str, Any]:
     progress.say(
         f"{documents} documents in {len(corpus.classes)} classes ({corpus.duplicates} exact "
         f"duplicates dropped), {task.train_size} to train on, {documents - task.train_size} to "
-        f"test on; {len(names)} linear layers to {options.sparsity:.0%} sparsity"
+        f"test on; {len(names)} linear layers to {100 * options.sparsity:g} % sparsity"
     )
     with progress:
         lanes = session.run(options.resume, progress)
@@ -344,7 +344,7 @@ def _write_results(
     lanes: list[Lane],
     names: list[str],
 ) -> dict[str, Any]:
-    title = options.title or f"{options.model.name} at {options.sparsity:.0%} sparsity"
+    title = f"{options.title or options.model.name}, {100 * options.sparsity:g} % sparse"
     run_facts = {
         **{k: v for k, v in dataclasses.asdict(options).items() if k != "title"},
         "title": title,
