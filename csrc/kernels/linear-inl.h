@@ -18,8 +18,9 @@ namespace {
 constexpr int64_t kChunkBytes = 192 << 10;
 // Columns packed by one worker at a time, when several share a tile.
 constexpr int64_t kPackColumns = 128;
-// Tiles that workers share between two barriers (about 2 us each).
-constexpr int64_t kSharedTiles = 8;
+// Tiles per worker that are shared between two barriers (about 2 us each). Few, so that what one
+// worker packs is still near when another reads it.
+constexpr int64_t kSharedTiles = 2;
 // Outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
@@ -237,7 +238,7 @@ void backward(const Product<S>* product, const Gradient<S>& gradient, const Matr
   gradient.clear();
   if (!tiling.count) return;
   const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
-  const int64_t group = workers == 1 ? 1 : least(tiling.count, kSharedTiles);
+  const int64_t group = workers == 1 ? 1 : least(tiling.count, kSharedTiles * workers);
   const int64_t x_size = side.cols * tiling.lanes, dy_size = side.rows * tiling.lanes;
   const int64_t chunk_size = tiling.chunk_rows * tiling.lanes;
   Scratch<T> x_tiles(x_size * group), dy_tiles(dy_size * group);
