@@ -193,7 +193,7 @@ int64_t between(Random* random, int64_t first, int64_t last) {
 }
 
 Chosen random_shape(Random* random, double most_products) {
-  static const int64_t batches[] = {0, 1, 1, 2, 7, 17, 33};
+  static const int64_t batches[] = {0, 1, 1, 2, 7, 8, 16, 17, 33};
   static const int64_t sizes[][2] = {{1, 1},   {1, 40},  {33, 1}, {7, 7},
                                      {14, 14}, {28, 28}, {15, 57}};
   static const double densities[] = {0, 0.05, 0.5, 1};
@@ -255,6 +255,10 @@ std::vector<Chosen> chosen_shapes(bool quick) {
       conv(17, 18, 28, 28, 8, 3, 3).stride(2, 2).padding(1, 1).at(0.25),
       conv(17, 70, 15, 57, 6, 1, 1).stride(2, 2).at(0.5),
       conv(33, 16, 14, 14, 34, 1, 1).stride(3, 2).at(0.7),
+      // Samples as lanes, several strips of an image.
+      conv(8, 70, 28, 28, 5, 3, 3).padding(1, 1).at(0.05),
+      conv(16, 66, 29, 31, 5, 3, 3).stride(2, 2).padding(1, 1).at(0.05),
+      conv(8, 5, 31, 30, 66, 3, 2).stride(2, 1).padding(2, 0).dilation(1, 2).at(0.05),
       // Kernels smaller than the stride: pixels that no kernel position reaches.
       conv(2, 5, 9, 11, 7, 1, 2).stride(3, 3),
       conv(3, 4, 8, 7, 4, 2, 1).stride(2, 3).padding(1, 0).at(1),

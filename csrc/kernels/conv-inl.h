@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_plan.h"
+#include "conv_samples-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
 
@@ -502,11 +503,25 @@ void for_transposed(const Plan& plan, const ConvShape& shape, const ConvSide& s,
 }
 
 template <class S>
+Samples<S> in_samples(const ConvShape& s, S* data) {
+  return {data, s.batch, s.in_channels, {s.in_size[0], s.in_size[1]}};
+}
+template <class S>
+Samples<S> out_samples(const ConvShape& s, S* data) {
+  return {data, s.batch, s.out_channels, {s.out_size[0], s.out_size[1]}};
+}
+
+template <class S>
 void conv_forward(const ConvForward& a) {
   typedef Sum<S> T;
   if (!a.shape.batch) return;
   const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
   const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
+  if (s->samples) {
+    const SampleProduct<S> product{*s, values.get(), bias.get(),
+                                   out_samples(a.shape, static_cast<S*>(a.y))};
+    return sample_product(product, in_samples(a.shape, static_cast<const S*>(a.x)), a.parallel);
+  }
   const ConvProduct<S> product{*s, values.get(), bias.get(),
                                Placer<S>(*s, a.shape.batch, static_cast<S*>(a.y))};
   conv_product(product,
@@ -538,6 +553,34 @@ void sum_planes(const ConvShape& shape, const S* dy, S* dbias, const Parallel& p
   });
 }
 
+// Both gradients where lanes are samples: dx by the transposed side, dvalues by the other.
+template <class S>
+void sample_backward(const ConvBackward& a) {
+  typedef Sum<S> T;
+  const Samples<const S> dy = out_samples(a.shape, static_cast<const S*>(a.dy));
+  if (a.dx) {
+    const ConvHandle s(*a.plan, a.shape, true, conv_vectors<T>());
+    Scratch<T> values(s->side.nnz);
+    const S* given = static_cast<const S*>(a.values);
+    for_transposed(*a.plan, a.shape, *s,
+                   [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
+    const SampleProduct<S> product{*s, values.get(), nullptr,
+                                   in_samples(a.shape, static_cast<S*>(a.dx))};
+    sample_product(product, dy, a.parallel);
+  }
+  if (!a.dvalues) return;
+  const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
+  const Samples<const S> x = in_samples(a.shape, static_cast<const S*>(a.x));
+  S* dvalues = static_cast<S*>(a.dvalues);
+  if constexpr (sizeof(S) == sizeof(T)) {
+    sample_gradient(SampleGradient<S>{*s, dvalues}, x, dy, a.parallel);
+  } else {
+    Scratch<T> sums(s->side.nnz);
+    sample_gradient(SampleGradient<S>{*s, sums.get()}, x, dy, a.parallel);
+    for (int64_t k = 0; k < s->side.nnz; k++) narrow(sums.get()[k], dvalues + k);
+  }
+}
+
 template <class S>
 void conv_backward(const ConvBackward& a) {
   typedef Sum<S> T;
@@ -546,6 +589,11 @@ void conv_backward(const ConvBackward& a) {
     if (a.dvalues) __builtin_memset(a.dvalues, 0, sizeof(S) * a.plan->pattern().nnz);
     if (a.dbias) __builtin_memset(a.dbias, 0, sizeof(S) * shape.out_channels);
     return;
+  }
+  if (lanes_are_samples(shape, conv_vectors<T>())) {
+    if (a.dbias)
+      sum_planes(shape, static_cast<const S*>(a.dy), static_cast<S*>(a.dbias), a.parallel);
+    return sample_backward<S>(a);
   }
   const ConvHandle s(*a.plan, shape, true, conv_vectors<T>());
   const Planes<S> dy{static_cast<const S*>(a.dy), shape.batch, shape.out_channels, s->source_size,

@@ -10,6 +10,11 @@
 // A stride s splits the input into s x s phases, planes of every s-th row and column, on which the
 // convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
 // row of results for each (phase, channel).
+//
+// Where the batch fills vectors, lanes are samples instead: a vector is one pixel of as many images
+// as it has lanes. Then moving by a column is adding a constant to an address too, so that one copy
+// of each plane, with zeros around it, serves every kernel position, whatever the size of the
+// image. It costs a transposition on the way in and on the way out.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +40,10 @@ struct ConvVectors {
   int64_t lanes, lane_bytes, narrow_tile, wide_tile;
 };
 
+// Pixels of a full tile where lanes are samples: 14 sums, with a value and nothing else in
+// registers. Two rows share most of what a 3 x 3 kernel reads of them.
+constexpr int64_t kTileRows = 2, kTileColumns = 7;
+
 struct ConvKey {  // what a side depends on, beyond the pattern
   ConvShape shape;
   ConvVectors vectors;
@@ -56,6 +65,7 @@ struct ConvSide {
   // lanes
   int64_t grid[2];       // pixels (y, x) of one image
   bool flat;             // no shifts at all: all pixels of all images are one run of lanes
+  bool samples;          // lanes are samples: see below
   int64_t images;        // side by side in one row of lanes
   int64_t pitch;         // lanes from one row to the next (flat: from one image to the next)
   int64_t strip_lanes;   // lanes of a strip, a multiple of the vector, and of pitch unless flat
@@ -65,7 +75,17 @@ struct ConvSide {
   int64_t copy_lanes;    // from one copy of a plane to the next: the strip, span rows, a vector
   int64_t centre_lanes;  // from one row of the other operand to the next: the strip, a vector
   int64_t tile_lanes;    // of a full tile
-  Side side;             // rows: result rows; index: first lane of the operand / vector lanes
+
+  // Lanes are samples. A strip is strip_rows rows of the grid; of each plane it holds
+  // strip_rows + span rows, each of pitch vectors, copy_lanes in all. Results wait for band_rows
+  // rows, so that they are written in long runs.
+  int64_t strip_rows, band_rows;
+  // Vector of each pixel of a strip's source rows inside its channel's planes, or -1 where no
+  // kernel position reads it; the vectors that are no pixel's; and the vector of each pixel of a
+  // band's results inside its channel's rows, or -1 where no kernel position reaches it.
+  std::vector<int32_t> slot_of, gaps, place_of;
+
+  Side side;  // rows: result rows; index: first lane of the operand / vector lanes
   // Where values go in the transposed direction: row of each column of the pattern, per group.
   std::vector<int32_t> row_of_column;
   std::unique_ptr<int32_t[]> row_begin, index32;
@@ -76,6 +96,9 @@ struct ConvSide {
   }
   size_t bytes() const;
 };
+
+// Whether lanes are samples: the same for all directions, sparsities and thread counts.
+bool lanes_are_samples(const ConvShape& shape, const ConvVectors& vectors);
 
 // The side for this shape: the plan's last one if it fits, else newly built. From any thread. It
 // lives as long as the handle. (No shared_ptr here: its code would be shared between instruction
