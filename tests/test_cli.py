@@ -44,7 +44,7 @@ def test_info_as_text() -> None:
     assert "cpu model" in result.stdout
 
 
-@pytest.mark.parametrize("command", [["info"], ["train", "text"]])
+@pytest.mark.parametrize("command", [["info"], ["train", "text"], ["train", "image"]])
 def test_help_has_examples(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

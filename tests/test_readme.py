@@ -62,11 +62,17 @@ def test_commands_and_options_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_tables_are_generated() -> None:
-    path = ROOT / "tools" / "readme_tables.py"
-    spec = importlib.util.spec_from_file_location("readme_tables", path)
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.generate(README, ROOT / "benchmarks" / "results") == README
+    return module
+
+
+def test_tables_are_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tool("readme_tables").generate(README, ROOT / "benchmarks" / "results") == README
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert tool("recipe_tables").generate(recipes, ROOT / "docs" / "recipes") == recipes

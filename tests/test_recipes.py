@@ -32,6 +32,7 @@ from sparsetrain.recipes.progress import Progress
 from sparsetrain.recipes.pruning import RAMP, apply_masks, cubic_sparsity, magnitude_masks
 from sparsetrain.recipes.text_data import read_corpus, stratified_split
 from tiny_text import save_tiny_model, save_tiny_texts, sentences
+from training_kill import Killed, Killer, Recorder, learned
 
 
 @pytest.fixture(scope="module")
@@ -60,43 +61,6 @@ def options(tiny: tuple[Path, Path], out: Path, **changes: Any) -> text.TextOpti
         "compare": True,
     }
     return text.TextOptions(model=tiny[0], data=tiny[1], out=out, **{**small, **changes})
-
-
-class Killed(Exception):
-    """Stands for a kill at a certain step."""
-
-
-class Recorder(Progress):
-    """Notes where each phase started."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.starts: list[tuple[str, int]] = []
-
-    def start(self, phase: str, total: int, done: int = 0) -> None:
-        super().start(phase, total, done)
-        self.starts.append((phase, done))
-
-
-class Killer(Recorder):
-    """Dies after `steps` training steps of all phases together."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    def advance(self, note: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-
-def learned(report: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same bit for bit, whether or not the run was interrupted."""
-    return {
-        name: (lane["losses"], [(p["step"], p["accuracy"]) for p in lane["curve"]])
-        for name, lane in report["lanes"].items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +154,7 @@ def test_really_killed_process_resumes(tiny: tuple[Path, Path], tmp_path: Path) 
     chosen = {"steps": 4000, "prune_steps": 0, "checkpoint_every": 10, "evaluate_every": 4000}
     command = [sys.executable, "-m", "sparsetrain.cli", "train", "text", "--threads", "1"]
     for name, value in dataclasses.asdict(options(tiny, out, **chosen)).items():
-        if name not in ("epochs", "threads", "title", "resume", "overwrite", "train_embeddings"):
+        if value is not None and value is not False and value != "":
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

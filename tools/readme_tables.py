@@ -1,6 +1,6 @@
 """Writes the measured tables of README.md from benchmarks/results/linear.json and demo.json.
 
-    python tools/readme_tables.py [--demo demo-out/report.json]
+    python tools/readme_tables.py [--demo demo-out/text/report.json]
 
 With --demo the report of a run of `make demo` becomes benchmarks/results/demo.json first. A result
 that is not there leaves its table out.

@@ -8,12 +8,18 @@ stopped, without any random state in its checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+import sparsetrain
+from sparsetrain.nn import SparseLayer
+
+#: What recipes prune.
+Prunable = nn.Linear | nn.Conv2d
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -25,8 +31,11 @@ class Task(Protocol):
     def train_size(self) -> int:
         """Number of training samples."""
 
-    def batch(self, indices: Tensor) -> Batch:
-        """Inputs and targets of the training samples `indices` (batch,)."""
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Inputs and targets of the training samples `indices` (batch,).
+
+        Whatever is random about them (mirrored images, say) comes from `generator`.
+        """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scalar loss, differentiable."""
@@ -37,11 +46,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and learning rate of a phase.
+    """Length, learning rate and optimizer of a phase.
 
     steps: optimizer steps; batch: samples per step; lr: peak learning rate, reached after the
     first tenth of the steps; decay: whether it then falls linearly to zero; seed: of batches and
-    dropout.
+    dropout; optimizer: "adamw", or "sgd" with Nesterov's momentum of 0.9.
     """
 
     steps: int
@@ -50,6 +59,7 @@ class Schedule:
     weight_decay: float
     seed: int
     decay: bool = True
+    optimizer: str = "adamw"
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step` (counted from 0)."""
@@ -68,23 +78,59 @@ class Schedule:
         order = torch.randperm(size, generator=generator)
         return order[within * self.batch : (within + 1) * self.batch]
 
+    def step_seed(self, step: int) -> int:
+        """Seed of whatever is random in `step`."""
+        return self.seed * 7_368_787 + step
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of all parameters of `model` that learn."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                trained,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=0.9,
+                nesterov=True,
+                fused=True,
+            )
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
 
 @dataclass
 class History:
     """What a lane has done so far. Seconds are of whole steps: forward, backward, optimizer.
 
-    evaluations: (steps done, training seconds so far, accuracy).
+    evaluations: (steps done, training seconds so far, accuracy); steady: steps done when the number
+    of nonzeros changed last.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     mask_seconds: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    steady: int = 0
 
-    def median_seconds(self) -> float:
-        """Median step time; the first two steps (allocation, plans) do not count."""
-        timed = sorted(self.seconds[2:] or self.seconds)
+    def median_seconds(self, since: int = 0) -> float:
+        """Median time of the steps from `since` on; the first two (plans) do not count."""
+        timed = sorted(self.seconds[since + 2 :] or self.seconds)
         return timed[len(timed) // 2] if timed else float("nan")
+
+
+class Sparsifier(Protocol):
+    """Changes a lane's topology while it trains; `sparsetrain.GMP` and its relatives."""
+
+    def step(self) -> object:
+        """Called after each optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside model and optimizer."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+
+
+MakeSparsifier = Callable[[nn.Module, torch.optim.Optimizer], Sparsifier]
 
 
 class Lane:
@@ -92,7 +138,8 @@ class Lane:
 
     masks: for a dense model that stands for a sparse one, the bool mask (out, in) of every pruned
     layer; gradients are masked before and weights after each optimizer step, as users of
-    `torch.nn.utils.prune` do. That time is kept apart from the step time.
+    `torch.nn.utils.prune` do. That time is kept apart from the step time. sparsify: makes the
+    sparsifier, whose time is part of the step time.
     """
 
     def __init__(
@@ -100,8 +147,9 @@ class Lane:
         name: str,
         model: nn.Module,
         schedule: Schedule,
-        layers: Mapping[str, nn.Linear] | None = None,
+        layers: Mapping[str, Prunable] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        sparsify: MakeSparsifier | None = None,
     ) -> None:
         self.name = name
         self.model = model
@@ -109,19 +157,20 @@ class Lane:
         self.layers = dict(layers or {})
         self.masks = dict(masks or {})
         self.history = History()
-        self.optimizer = self._new_optimizer()
+        self._sparsify = sparsify
+        self._renew()
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        decay = self.schedule.weight_decay
-        return torch.optim.AdamW(trained, lr=self.schedule.lr, weight_decay=decay, fused=True)
+    def _renew(self) -> None:
+        """A fresh optimizer and sparsifier for the model as it is."""
+        self.optimizer = self.schedule.make_optimizer(self.model)
+        self.sparsifier = self._sparsify and self._sparsify(self.model, self.optimizer)
 
     def step(self, task: Task, number: int, batch: Batch) -> float:
         """Train step `number` on `batch`; returns the loss before it."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(number)
-        torch.manual_seed(self.schedule.seed * 7_368_787 + number)
+        torch.manual_seed(self.schedule.step_seed(number))
         begin = time.perf_counter()
         loss = task.loss(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -129,6 +178,8 @@ class Lane:
         self._mask_gradients()
         resumed = time.perf_counter()
         self.optimizer.step()
+        if self.sparsifier is not None:
+            self._change_topology(number)
         self.optimizer.zero_grad()
         end = time.perf_counter()
         self.mask_weights()
@@ -138,6 +189,13 @@ class Lane:
         self.history.seconds.append((end - resumed) + (middle - begin))
         self.history.mask_seconds.append(masking if self.masks else 0.0)
         return value
+
+    def _change_topology(self, number: int) -> None:
+        assert self.sparsifier is not None
+        before = trained_weights(self.model)
+        self.sparsifier.step()
+        if trained_weights(self.model) != before:
+            self.history.steady = number + 1
 
     def _mask_gradients(self) -> None:
         for name, mask in self.masks.items():
@@ -168,21 +226,40 @@ class Lane:
             "model": model,
             "optimizer": self.optimizer.state_dict(),
             "history": asdict(self.history),
+            "sparsifier": self.sparsifier.state_dict() if self.sparsifier else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a lane of the same name."""
+        _match_layers(self.model, state["model"])
         model = {**self.model.state_dict(), **state["model"]}
         self.model.load_state_dict(model, strict=True)
-        self.optimizer = self._new_optimizer()
+        self._renew()
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.sparsifier is not None:
+            self.sparsifier.load_state_dict(state["sparsifier"])
         history = state["history"]
         self.history = History(
             losses=list(history["losses"]),
             seconds=list(history["seconds"]),
             mask_seconds=list(history["mask_seconds"]),
             evaluations=[(int(a), float(b), float(c)) for a, b, c in history["evaluations"]],
+            steady=int(history["steady"]),
         )
+
+
+def trained_weights(model: nn.Module) -> int:
+    """Number of parameters that learn: of sparse layers the nonzeros."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _match_layers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make those layers sparse that are so in `state`: a sparsifier had converted them."""
+    ending = ".crow_indices"
+    saved = [name.removesuffix(ending) for name in state if name.endswith(ending)]
+    dense = [n for n in saved if not isinstance(model.get_submodule(n), SparseLayer)]
+    if dense:
+        sparsetrain.to_sparse(model, min_sparsity=0.0, include=dense, inplace=True)
 
 
 def step_all(lanes: Sequence[Lane], task: Task, number: int) -> list[float]:
@@ -191,7 +268,8 @@ def step_all(lanes: Sequence[Lane], task: Task, number: int) -> list[float]:
     Side by side, a slower or faster minute of the machine hits all lanes alike.
     """
     schedule = lanes[0].schedule
-    batch = task.batch(schedule.indices(number, task.train_size))
+    generator = torch.Generator().manual_seed(schedule.step_seed(number))
+    batch = task.batch(schedule.indices(number, task.train_size), generator)
     order = lanes if number % 2 == 0 else lanes[::-1]
     losses = {lane.name: lane.step(task, number, batch) for lane in order}
     return [losses[lane.name] for lane in lanes]

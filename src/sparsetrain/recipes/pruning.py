@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning of a dense model, the phase before sparse training.
+"""Gradual magnitude pruning: of a dense model before sparse training, or while it trains.
 
 Zhu & Gupta 2017, "To prune, or not to prune": the sparsity follows a cubic from zero to its goal,
 fast while redundancy is plenty, slow towards the end.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain.pattern import nonzeros_for
+from sparsetrain.recipes.engine import Prunable
 from sparsetrain.sparsify.criteria import keep_top, magnitude
 from sparsetrain.sparsify.distributions import DISTRIBUTIONS
 
@@ -24,22 +25,29 @@ RAMP = (0.05, 0.8)
 RATE = 0.4
 
 
-def cubic_sparsity(step: int, steps: int, goal: float) -> float:
+def cubic_sparsity(step: int, steps: int, goal: float, ramp: tuple[float, float] = RAMP) -> float:
     """Sparsity due after `step` of `steps` (0 before the ramp, `goal` from its end on)."""
-    begin, end = (share * steps for share in RAMP)
+    begin, end = (share * steps for share in ramp)
     done = 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
     return goal * (1.0 - (1.0 - done) ** 3)
 
 
 def magnitude_masks(
-    layers: Mapping[str, nn.Linear], sparsity: float, distribution: str
+    layers: Mapping[str, Prunable], sparsity: float, distribution: str
 ) -> dict[str, Tensor]:
-    """Keep the largest weights: a bool mask (out, in) per layer.
+    """Keep the largest weights: a bool mask of the weight's shape per layer.
 
     `distribution` divides the nonzeros among the layers as in `sparsetrain.sparsify`: "uniform" or
     "erk"; "global" ranks all weights together, so that layers with larger weights keep more.
     """
-    scores = [magnitude(layer.weight) for layer in layers.values()]
+    return rank_masks({n: layer.weight for n, layer in layers.items()}, sparsity, distribution)
+
+
+def rank_masks(
+    weights: Mapping[str, Tensor], sparsity: float, distribution: str
+) -> dict[str, Tensor]:
+    """`magnitude_masks` of bare weights, by layer name."""
+    scores = [magnitude(weight) for weight in weights.values()]
     if distribution == "global":
         together = torch.cat([score.flatten() for score in scores])
         kept = keep_top(together, nonzeros_for(together.numel(), sparsity))
@@ -48,11 +56,11 @@ def magnitude_masks(
     else:
         counts = DISTRIBUTIONS[distribution]([score.shape for score in scores], sparsity)
         masks = [keep_top(score, count) for score, count in zip(scores, counts, strict=True)]
-    return dict(zip(layers, masks, strict=True))
+    return dict(zip(weights, masks, strict=True))
 
 
 @torch.no_grad()
-def apply_masks(layers: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> None:
-    """Set the masked weights (out, in) of every layer to exactly zero, in place."""
+def apply_masks(layers: Mapping[str, Prunable], masks: Mapping[str, Tensor]) -> None:
+    """Set the masked weights of every layer to exactly zero, in place."""
     for name, mask in masks.items():
         layers[name].weight.mul_(mask)

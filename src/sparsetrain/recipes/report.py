@@ -16,7 +16,12 @@ from torch import nn
 
 from sparsetrain.recipes.checkpoint import write_atomically
 from sparsetrain.recipes.engine import Lane, tensor_bytes
-from sparsetrain.recipes.session import AGREEMENT_STEPS, AGREEMENT_TOLERANCE, loss_difference
+from sparsetrain.recipes.session import (
+    AGREEMENT_STEPS,
+    AGREEMENT_TOLERANCE,
+    TIMED_STEPS,
+    loss_difference,
+)
 
 
 def machine() -> dict[str, Any]:
@@ -38,16 +43,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def lane_report(lane: Lane, names: list[str]) -> dict[str, Any]:
-    """Speed, accuracy and bytes of one lane; `names` are the layers that were pruned."""
+def lane_report(lane: Lane, names: list[str], steady: int) -> dict[str, Any]:
+    """Speed, accuracy and bytes of one lane.
+
+    names: the layers that were pruned; steady: steps after which no lane's nonzeros changed in
+    number, from which the step time is taken.
+    """
     history = lane.history
     modules = [lane.model.get_submodule(name) for name in names]
     weights = sum(tensor_bytes(module.state_dict()) for module in modules)
     return {
-        "seconds_per_step": history.median_seconds(),
+        "seconds_per_step": history.median_seconds(steady),
         "training_seconds": sum(history.seconds),
         "mask_seconds_per_step": statistics.median(history.mask_seconds or [0.0]),
         "accuracy": history.evaluations[-1][2],
+        "masked": bool(lane.masks),
         "curve": [
             {"step": step, "seconds": seconds, "accuracy": accuracy}
             for step, seconds, accuracy in history.evaluations
@@ -69,19 +79,36 @@ def _plan_bytes(module: nn.Module) -> int:
 
 def build_report(lanes: list[Lane], names: list[str], run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about the run; `run` holds the options and the data's description."""
-    by_name = {lane.name: lane_report(lane, names) for lane in lanes}
+    steady = max(lane.history.steady for lane in lanes)
+    by_name = {lane.name: lane_report(lane, names, steady) for lane in lanes}
     report: dict[str, Any] = {"run": dict(run), "machine": machine(), "lanes": by_name}
     report["sparsified_layers"] = len(names)
     if "dense" in by_name:
         dense, sparse = by_name["dense"], by_name["sparse"]
         report["speedup"] = dense["seconds_per_step"] / sparse["seconds_per_step"]
         report["accuracy_difference"] = sparse["accuracy"] - dense["accuracy"]
-        report["loss_agreement"] = {
-            "steps": AGREEMENT_STEPS,
-            "tolerance": AGREEMENT_TOLERANCE,
-            "largest_relative_difference": loss_difference(lanes),
-        }
+        report["training_speedup"] = dense["training_seconds"] / sparse["training_seconds"]
+        if dense["masked"]:
+            report["loss_agreement"] = {
+                "steps": AGREEMENT_STEPS,
+                "tolerance": AGREEMENT_TOLERANCE,
+                "largest_relative_difference": loss_difference(lanes),
+            }
     return report
+
+
+def timing(lanes: list[Lane], report: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes in `report` when the last TIMED_STEPS steps of `lanes` are its step times."""
+    by_name = {name: dict(lane) for name, lane in report["lanes"].items()}
+    for lane in lanes:
+        since = len(lane.history.seconds) - TIMED_STEPS
+        by_name[lane.name]["seconds_per_step"] = lane.history.median_seconds(since)
+    changed: dict[str, Any] = {"lanes": by_name}
+    changed["timing"] = {"machine": machine(), "steps": TIMED_STEPS}
+    if "dense" in by_name:
+        dense, sparse = by_name["dense"], by_name["sparse"]
+        changed["speedup"] = dense["seconds_per_step"] / sparse["seconds_per_step"]
+    return changed
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
@@ -123,24 +150,37 @@ def print_table(report: Mapping[str, Any]) -> None:
     lanes = report["lanes"]
     order = [name for name in ("dense", "sparse") if name in lanes]
     for name in order:
-        table.add_column("dense, masked" if name == "dense" else name, justify="right")
+        masked = ", masked" if lanes[name]["masked"] else ""
+        table.add_column(name + masked, justify="right")
     rows: list[tuple[str, Any]] = [
         ("seconds per step (median)", lambda lane: f"{lane['seconds_per_step']:.3f}"),
+        ("seconds of training", lambda lane: f"{lane['training_seconds']:.0f}"),
         ("test accuracy", lambda lane: f"{lane['accuracy']:.2%}"),
         ("weights of the sparse layers", lambda lane: megabytes(lane["weight_bytes"])),
         ("kernel plans", lambda lane: megabytes(lane["plan_bytes"])),
         ("optimizer state", lambda lane: megabytes(lane["optimizer_bytes"])),
-        ("masking per step, not counted", lambda lane: f"{lane['mask_seconds_per_step']:.3f} s"),
     ]
+    if any(lane["masked"] for lane in lanes.values()):
+        rows.append(
+            (
+                "masking per step, not counted",
+                lambda lane: f"{lane['mask_seconds_per_step']:.3f} s",
+            )
+        )
     for title, show in rows:
         table.add_row(title, *(show(lanes[name]) for name in order))
     console = rich.console.Console(highlight=False)
     console.print(table)
     if "speedup" in report:
-        agreement = report["loss_agreement"]
-        console.print(
-            f"speedup {report['speedup']:.2f}x; "
-            f"accuracy {100 * report['accuracy_difference']:+.2f} points; "
-            f"losses of the first {agreement['steps']} steps agree to "
-            f"{agreement['largest_relative_difference']:.1e}"
+        line = (
+            f"speedup {report['speedup']:.2f}x per step, "
+            f"{report['training_speedup']:.2f}x for all of the training; "
+            f"accuracy {100 * report['accuracy_difference']:+.2f} points"
         )
+        if "loss_agreement" in report:
+            agreement = report["loss_agreement"]
+            line += (
+                f"; losses of the first {agreement['steps']} steps agree to "
+                f"{agreement['largest_relative_difference']:.1e}"
+            )
+        console.print(line)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import sparsetrain
+from sparsetrain.pattern import nonzeros_for
 from sparsetrain.recipes.checkpoint import (
     load_checkpoint,
     pack_mask,
     save_checkpoint,
     unpack_mask,
 )
-from sparsetrain.recipes.engine import Lane, Schedule, Task, step_all
+from sparsetrain.recipes.engine import Lane, Prunable, Schedule, Sparsifier, Task, step_all
 from sparsetrain.recipes.errors import InputError
+from sparsetrain.recipes.gradual import GradualPruning
+from sparsetrain.recipes.options import CHECKPOINT
 from sparsetrain.recipes.progress import Progress
 from sparsetrain.recipes.pruning import apply_masks, cubic_sparsity, magnitude_masks
 
@@ -26,7 +31,8 @@ from sparsetrain.recipes.pruning import apply_masks, cubic_sparsity, magnitude_m
 AGREEMENT_STEPS = 5
 AGREEMENT_TOLERANCE = 1e-4
 
-CHECKPOINT = "checkpoint.pt"
+#: Steps of each lane that are timed for `Session.retime`.
+TIMED_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,10 @@ class Settings:
     """How a session runs, whatever the task.
 
     prune, tune: the two phases; sparsity: goal, in [0, 1); distribution: how it is divided among
-    the layers ("uniform", "erk" or "global");
-    prune_every: steps between two prunings; compare: train the dense-masked twin too;
-    evaluate_every, checkpoint_every: steps.
+    the layers ("uniform", "erk" or "global"); algorithm: "static" prunes first and then trains what
+    is left, "gmp" starts dense and prunes while it trains, without the first phase; prune_every:
+    steps between two prunings; compare: train a dense twin too, masked like the sparse one for
+    "static", never pruned for "gmp"; evaluate_every, checkpoint_every: steps.
     """
 
     prune: Schedule
@@ -46,7 +53,13 @@ class Settings:
     compare: bool
     evaluate_every: int
     checkpoint_every: int
+    algorithm: str = "static"
     prune_every: int = 5
+
+    @property
+    def prunes_first(self) -> bool:
+        """Whether a pruned model, rather than a dense one, enters the second phase."""
+        return self.algorithm != "gmp"
 
 
 class Session:
@@ -60,7 +73,7 @@ class Session:
         self,
         task: Task,
         build: Callable[[], nn.Module],
-        select: Callable[[nn.Module], dict[str, nn.Linear]],
+        select: Callable[[nn.Module], Mapping[str, Prunable]],
         settings: Settings,
         identity: Mapping[str, Any],
         out: Path,
@@ -71,6 +84,9 @@ class Session:
         self.settings = settings
         self.identity = json.dumps(identity, sort_keys=True)
         self.path = out / CHECKPOINT
+        self.names = list(select(build()))
+        self._masks: dict[str, Tensor] = {}  # what the model was pruned to
+        self.phase = "fine-tune" if settings.prunes_first else "train"
 
     def check_resume(self) -> None:
         """Raise InputError if there is a checkpoint that this session cannot continue."""
@@ -84,14 +100,40 @@ class Session:
         """
         saved = self._saved() if resume else None
         model = self.build()
-        if saved is None or saved["phase"] == "prune":
+        masks: dict[str, Tensor] = {}
+        if saved is not None and saved["phase"] != "prune":
+            return self._tune(self._restored(model, saved), saved, progress)
+        if self.settings.prunes_first:
             masks = self._prune(model, saved, progress)
-            saved = None
-        else:
-            shapes = {name: layer.weight.shape for name, layer in self.select(model).items()}
-            masks = {n: unpack_mask(p, shapes[n]) for n, p in saved["masks"].items()}
-            apply_masks(self.select(model), masks)
-        return self._tune(model, masks, saved, progress)
+        return self._tune(self._lanes(model, masks), None, progress)
+
+    def retime(self, progress: Progress) -> list[Lane]:
+        """The lanes of a finished run, their step times measured anew; nothing is written.
+
+        Raises InputError unless the run is of the same options and has ended.
+        """
+        saved = self._saved()
+        if saved is None or saved["phase"] != "tune" or saved["step"] < self.settings.tune.steps:
+            raise InputError(f"retime: the run in {self.path.parent} has not ended; use --resume")
+        lanes = self._restored(self.build(), saved)
+        for lane in lanes:
+            lane.sparsifier = None
+        progress.start("time", TIMED_STEPS)
+        for step in range(TIMED_STEPS):
+            step_all(lanes, self.task, step)
+            progress.advance("steps of all lanes in turn")
+        return lanes
+
+    def _restored(self, model: nn.Module, saved: Mapping[str, Any]) -> list[Lane]:
+        """The lanes of the second phase as they were when `saved` was written."""
+        layers = self.select(model)
+        shapes = {name: layer.weight.shape for name, layer in layers.items()}
+        masks = {n: unpack_mask(p, shapes[n]) for n, p in saved["masks"].items()}
+        apply_masks(layers, masks)
+        lanes = self._lanes(model, masks)
+        for lane in lanes:
+            lane.load_state_dict(saved["lanes"][lane.name])
+        return lanes
 
     def _saved(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -107,12 +149,12 @@ class Session:
             )
         return saved
 
-    def _save(self, phase: str, step: int, lanes: list[Lane], masks: dict[str, Tensor]) -> None:
+    def _save(self, phase: str, step: int, lanes: list[Lane]) -> None:
         state = {
             "identity": self.identity,
             "phase": phase,
             "step": step,
-            "masks": {name: pack_mask(mask) for name, mask in masks.items()},
+            "masks": {name: pack_mask(mask) for name, mask in self._masks.items()},
             "lanes": {lane.name: lane.state_dict() for lane in lanes},
         }
         save_checkpoint(self.path, state)
@@ -123,53 +165,68 @@ class Session:
         """Train dense while weights go; leaves the pruned weights in `model`."""
         settings, layers = self.settings, self.select(model)
         steps = settings.prune.steps
+        if saved is None and (kept := _own_masks(layers, settings.sparsity)):
+            progress.say("already as sparse as asked for: exactly its nonzeros are kept")
+            return kept
         lane = Lane("pruning", model, settings.prune, layers)
         if saved is not None:
             lane.load_state_dict(saved["lanes"]["pruning"])
             shapes = {name: layer.weight.shape for name, layer in layers.items()}
             lane.masks = {n: unpack_mask(p, shapes[n]) for n, p in saved["masks"].items()}
+            self._masks = lane.masks
         start = len(lane.history.losses)
         progress.start("prune", steps, start)
         for step in range(start, steps):
             due = cubic_sparsity(step, steps, settings.sparsity)
             if due and step % settings.prune_every == 0:
                 lane.masks = magnitude_masks(layers, due, settings.distribution)
+                self._masks = lane.masks
                 lane.mask_weights()
             loss = step_all([lane], self.task, step)[0]
             progress.advance(f"loss {loss:.3f}, sparsity {due:.1%}")
             if (step + 1) % settings.checkpoint_every == 0:
-                self._save("prune", step + 1, [lane], lane.masks)
+                self._save("prune", step + 1, [lane])
         masks = magnitude_masks(layers, settings.sparsity, settings.distribution)
         apply_masks(layers, masks)
         progress.say(f"pruned to {settings.sparsity:.1%} in {steps} steps")
         return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
 
     def _lanes(self, model: nn.Module, masks: dict[str, Tensor]) -> list[Lane]:
-        schedule = self.settings.tune
-        sparse = sparsetrain.to_sparse(model, min_sparsity=0.0, include=list(masks))
-        lanes = [Lane("sparse", sparse, schedule)]
-        if self.settings.compare:
-            lanes.append(Lane("dense", model, schedule, self.select(model), masks))
+        """The sparse lane, and its dense twin on request; without masks both start dense."""
+        settings, layers = self.settings, self.select(model)
+        self._masks = masks
+        if settings.prunes_first:
+            sparse = sparsetrain.to_sparse(model, min_sparsity=0.0, include=list(masks))
+            lanes = [Lane("sparse", sparse, settings.tune)]
+        else:
+            lanes = [Lane("sparse", copy.deepcopy(model), settings.tune, sparsify=self._sparsifier)]
+        if settings.compare:
+            lanes.append(Lane("dense", model, settings.tune, layers, masks))
         return lanes
 
+    def _sparsifier(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
+        settings = self.settings
+        return GradualPruning(
+            model,
+            optimizer,
+            self.names,
+            settings.sparsity,
+            settings.distribution,
+            steps=settings.tune.steps,
+            every=settings.prune_every,
+        )
+
     def _tune(
-        self,
-        model: nn.Module,
-        masks: dict[str, Tensor],
-        saved: dict[str, Any] | None,
-        progress: Progress,
+        self, lanes: list[Lane], saved: dict[str, Any] | None, progress: Progress
     ) -> list[Lane]:
         settings, task = self.settings, self.task
-        lanes = self._lanes(model, masks)
         steps, start = settings.tune.steps, 0
         if saved is not None:
             start = int(saved["step"])
-            for lane in lanes:
-                lane.load_state_dict(saved["lanes"][lane.name])
         else:
             self._evaluate(lanes, progress)
-            self._save("tune", 0, lanes, masks)
-        progress.start("fine-tune", steps, start)
+            self._save("tune", 0, lanes)
+        progress.start(self.phase, steps, start)
         for step in range(start, steps):
             losses = step_all(lanes, task, step)
             progress.advance(
@@ -178,12 +235,12 @@ class Session:
                 )
             )
             done = step + 1
-            if done == min(AGREEMENT_STEPS, steps):
+            if done == min(AGREEMENT_STEPS, steps) and settings.prunes_first:
                 check_agreement(lanes)
             if done % settings.evaluate_every == 0 or done == steps:
                 self._evaluate(lanes, progress)
             if done % settings.checkpoint_every == 0 or done == steps:
-                self._save("tune", done, lanes, masks)
+                self._save("tune", done, lanes)
         return lanes
 
     def _evaluate(self, lanes: list[Lane], progress: Progress) -> None:
@@ -194,6 +251,14 @@ class Session:
                 f"step {steps}: {lane.name} test accuracy {accuracy:.2%} "
                 f"after {seconds:.1f} s of training"
             )
+
+
+def _own_masks(layers: Mapping[str, Prunable], sparsity: float) -> dict[str, Tensor]:
+    """The nonzeros of layers that together are at least so sparse already; else nothing."""
+    masks = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+    return masks if sparsity > 0 and kept <= nonzeros_for(total, sparsity) else {}
 
 
 def loss_difference(lanes: list[Lane]) -> float | None:
