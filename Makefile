@@ -51,6 +51,7 @@ test: $(VENV)/.built
 bench:
 	PYTHON=$(PYTHON) TORCH=$(TORCH) benchmarks/setup_peers.sh
 	build/peers-venv/bin/python benchmarks/linear.py --quick --peers
+	build/peers-venv/bin/python benchmarks/conv.py --quick --peers
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

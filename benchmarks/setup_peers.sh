@@ -15,11 +15,12 @@ pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 # torch first and alone: both builds below compile against the installed one.
 pip install "$torch"
-pip install setuptools wheel pybind11 scipy numpy matplotlib \
+pip install setuptools wheel pybind11 scipy numpy \
   "scikit-build-core>=1.1,<2" "cmake>=3.25" ninja
 # sparseprop's setup.py imports torch and pybind11: no isolated build.
 pip install --no-build-isolation -r "$root/benchmarks/requirements-peers.txt"
 pip install --no-build-isolation --no-deps --force-reinstall "$root"
+pip install --no-build-isolation "$root[recipes]" # what the command line and the models need
 
 cd /  # import what was installed, not the source tree
 "$folder/bin/python" - <<'PYTHON'

@@ -1,47 +1,63 @@
 """The benchmarks themselves: that they run, that they catch wrong results, and what they report."""
 
-# ruff: noqa: E402  (the benchmarks are scripts: their folder goes on the path first)
 from __future__ import annotations
 
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from sparsetrain.bench import (
+    contestants,
+    memory,
+    models,
+    plots,
+    report,
+    timing,
+    verdicts,
+)
+from sparsetrain.bench.problems import Layer, Problem, layer_from, sparse_weight
+from sparsetrain.bench.processes import SHAPES, load_toml
+from sparsetrain.cli import app
 
-import _contestants
-import _harness
-import _plots
-import _tables
-import memory
-import report
-
-SHAPES = """
+SHAPES_FILE = """
 sparsities = [0.5, 0.9]
-quick_sparsities = [0.9]
+quick_sparsities = [0.5, 0.9]
+budget_s = 0.05
+quick_budget_s = 0.05
+forward = true
 
 [[layer]]
 name = "32->48"
-in_features = 32
-out_features = 48
+inputs = 32
+outputs = 48
 batch = 40
-targets = "small"
+targets = "loose"
 
-[targets.small]
-floor = [0.0, 0.0]
-aim = [1e9, 1e9]
-[targets.best_peer]
-floor = [0.0, 0.0]
-aim = [1e9, 1e9]
+[[layer]]
+name = "conv"
+kind = "conv2d"
+inputs = 8
+outputs = 12
+size = 9
+kernel = 3
+padding = 1
+stride = 2
+batch = 3
+bias = false
+targets = "loose"
+
+[targets.loose]
+x_dense.floor = [0.0, 0.0]
+x_dense.aim = [1e9, 1e9]
+x_best_peer.floor = [0.0, 0.0]
 
 [limits]
 scaling_two_threads = 0.0
@@ -51,94 +67,227 @@ tiny_overhead = 1e9
 
 [tiny]
 name = "16->16"
-in_features = 16
-out_features = 16
+inputs = 16
+outputs = 16
 batch = 4
 sparsity = 0.9
 """
+LINEAR = Layer("24x40", "linear", 40, 24, 16)
+CONV = Layer("3x3", "conv2d", 8, 12, 5, size=9, kernel=3, stride=2, padding=1)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler"
+)
 
 
-@pytest.fixture
-def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weight (24, 40) at 80 %, bias (24,), x (16, 40), grad (16, 24)"""
-    torch.manual_seed(0)
-    weight = _contestants.sparse_weight(24, 40, 0.8)
-    x = torch.randn(16, 40, requires_grad=True)
-    return weight, torch.randn(24), x, torch.randn(16, 24)
+def bench(*words: str | Path) -> Any:
+    """`sparsetrain bench WORDS`, in this process."""
+    return CliRunner().invoke(app, ["bench", *map(str, words)])
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
-def test_linear_benchmark_runs(tmp_path: Path) -> None:
+@pytest.fixture(params=[LINEAR, CONV], ids=["linear", "conv2d"])
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return Problem(request.param)
+
+
+def _weight(problem: Problem) -> torch.Tensor:
+    return sparse_weight(problem.layer.weight_shape, 0.8)
+
+
+@needs_compiler
+def test_layers_are_measured(tmp_path: Path) -> None:
     shapes, result, plot = (tmp_path / n for n in ("shapes.toml", "out.json", "out.png"))
-    shapes.write_text(SHAPES)
-    command = [sys.executable, str(BENCHMARKS / "linear.py"), "--quick", "--threads", "2"]
-    command += ["--shapes", str(shapes), "--json", str(result), "--plot", str(plot)]
-    command += ["--budget", "0.05", "--strict"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    shapes.write_text(SHAPES_FILE)
+    options = ["--quick", "--threads", "2", "--shapes", shapes, "--json", result]
+    done = bench("layers", *options, "--plot", plot, "--strict")
+    assert done.exit_code == 0, done.output
     assert "Forward + backward, 2 threads" in done.stdout
     assert plot.stat().st_size > 0
     data = json.loads(result.read_text())
     assert [run["threads"] for run in data["runs"]] == [2]
-    assert {verdict["verdict"] for verdict in data["verdicts"]} <= {"floor", "not measured"}
-    (row,) = data["runs"][0]["rows"]
-    assert row["nnz"] == 154
-    assert row["contestants"]["sparsetrain"]["status"] == "ok"
-    assert row["contestants"]["sparsetrain"]["x_dense"]["median"] > 0
-    assert row["scaling"]["sparsetrain"]["rounds"] >= 3
-    assert set(row["kernels"]) == set(_tables.KERNELS)
-    assert all(entry["median"] > 0 for entry in row["ceilings"].values())
+    assert {verdict["verdict"] for verdict in data["verdicts"]} == {"floor"}
+    rows = data["runs"][0]["rows"]
+    assert [(row["layer"], row["sparsity"]) for row in rows] == [
+        ("32->48", 0.5),
+        ("32->48", 0.9),
+        ("conv", 0.5),
+        ("conv", 0.9),
+    ]
+    assert [row["nnz"] for row in rows] == [768, 154, 432, 86]
+    for row in rows:
+        own = row["contestants"]["sparsetrain"]
+        assert own["status"] == "ok"
+        assert own["x_dense"]["median"] > 0
+        assert len(own["round_ms"]) == row["rounds"] >= 2
+        assert row["scaling"]["sparsetrain"]["rounds"] >= 2
+        assert len(row["kernels"]) == (4 if row["sparsity"] == 0.9 else 0)
+    assert all(entry["median"] > 0 for entry in rows[1]["ceilings"].values())
+    assert data["runs"][0]["tiny"]["training_x_dense_time"]["median"] > 0
     assert os.fspath(tmp_path) not in result.read_text()
 
 
-def test_bad_arguments_are_refused() -> None:
-    command = [sys.executable, str(BENCHMARKS / "linear.py"), "--sparsity", "1.5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--sparsity: got 1.5, must be in [0, 1)" in done.stderr
+@needs_compiler
+def test_resuming_measures_only_what_is_missing(tmp_path: Path) -> None:
+    shapes, result = tmp_path / "shapes.toml", tmp_path / "out.json"
+    shapes.write_text(SHAPES_FILE)
+    options = ["layers", "--quick", "--threads", "1", "--shapes", shapes, "--json", result]
+    assert bench(*options, "--layers", "conv").exit_code == 0
+    first = json.loads(result.read_text())["runs"][0]["rows"]
+    assert bench(*options, "--resume").exit_code == 0
+    rows = json.loads(result.read_text())["runs"][0]["rows"]
+    assert rows[:2] == first
+    assert [row["layer"] for row in rows] == ["conv", "conv", "32->48", "32->48"]
 
 
-@pytest.mark.parametrize("kind", [_contestants.Dense, _contestants.SparseTrain])
-def test_right_contestants_pass(kind: type[_contestants.Contestant], problem: tuple) -> None:
-    weight, bias, x, grad = problem
-    reference = _contestants.Reference(weight, bias, x, grad)
-    contestant, entry = _contestants.build(kind, weight, bias)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layers", "--sparsity", "1.5"], "--sparsity: got 1.5, must be in [0, 1)"),
+        (["layers", "--threads", "many"], "--threads: got 'many', takes numbers"),
+        (["layers", "--layers", "nothing"], "no layer is left to measure"),
+        (["layers", "--set", "nothing"], "--set: got 'nothing', takes one of linear, conv"),
+        (["layers", "--shapes", "missing.toml"], "--shapes missing.toml: not a readable TOML"),
+        (["models", "--models", "nothing"], "--models: got 'nothing', takes resnet18"),
+        (["report", "--results", "missing"], "nothing to report: missing holds none of"),
+    ],
+)
+def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
+    done = bench(*words)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+@pytest.mark.parametrize("command", ["layers", "models", "memory", "report"])
+def test_help_has_examples(command: str) -> None:
+    done = bench(command, "--help")
+    assert done.exit_code == 0
+    assert "Examples" in done.output
+    assert f"sparsetrain bench {command}" in done.output
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "training", "models"])
+def test_every_target_fits_its_sparsities(name: str) -> None:
+    shapes = load_toml(SHAPES / f"{name}.toml")
+    for table in shapes["targets"].values():
+        known = table.get("sparsities", shapes["sparsities"])
+        for what, goal in table.items():
+            if what != "sparsities":
+                assert all(len(each) == len(known) for each in goal.values())
+    for layer in shapes.get("layer", ()):
+        described = layer_from({**shapes.get("defaults", {}), **layer})
+        assert described.targets in shapes["targets"]
+
+
+def test_a_wrong_key_of_a_layer_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown keys \['widht'\], missing keys \['outputs'\]"):
+        layer_from({"name": "a", "inputs": 3, "widht": 4, "batch": 1})
+
+
+@pytest.mark.parametrize("kind", [contestants.Dense, contestants.SparseTrain])
+def test_right_contestants_pass(kind: type[contestants.Contestant], problem: Problem) -> None:
+    weight = _weight(problem)
+    contestant, entry = contestants.build(kind, problem.layer, weight, problem.bias)
     assert entry == {"status": "ok"}
     assert contestant is not None
-    assert reference.check(contestant, x, grad)["status"] == "ok"
+    found = contestants.check(contestant, problem.reference(weight), problem)
+    assert found["status"] == "ok"
+    assert set(found["error_over_bound"]) == {"y", "dx", "dw", "db"}
+    assert max(found["error_over_bound"].values()) > 0
 
 
-def test_one_corrupted_nonzero_is_reported_as_wrong(problem: tuple) -> None:
-    weight, bias, x, grad = problem
-    reference = _contestants.Reference(weight, bias, x, grad)
-    row, column = weight.nonzero()[7].tolist()
+@pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])
+def test_the_reference_agrees_with_autograd(layer: Layer) -> None:
+    problem = Problem(layer)
+    weight = _weight(problem)
+    module = layer.dense(weight.double(), problem.bias.double())
+    x = problem.x.detach().double().requires_grad_()
+    y = module(x)
+    y.backward(problem.grad.double())
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    got = {"y": y, "dx": x.grad, "dw": grads["weight"][weight != 0], "db": grads["bias"]}
+    found = problem.reference(weight).verdict(lambda: got)
+    assert found["status"] == "ok"
+    assert max(found["error_over_bound"].values()) < 1e-6
+
+
+def test_one_corrupted_nonzero_is_reported_as_wrong(problem: Problem) -> None:
+    weight = _weight(problem)
     spoiled = weight.clone()
-    spoiled[row, column] *= 1.001
-    contestant, _ = _contestants.build(_contestants.SparseTrain, spoiled, bias)
+    spoiled.view(-1)[weight.view(-1).nonzero()[7]] *= 1.001
+    kind = contestants.SparseTrain
+    contestant, _ = contestants.build(kind, problem.layer, spoiled, problem.bias)
     assert contestant is not None
-    found = reference.check(contestant, x, grad)
+    found = contestants.check(contestant, problem.reference(weight), problem)
     assert found["status"] == "wrong"
     assert found["detail"].startswith("wrong y, dx")
 
 
-@pytest.mark.parametrize("result", ["dw", "db", "nan"])
-def test_a_wrong_gradient_is_reported(result: str, problem: tuple) -> None:
-    class Spoiled(_contestants.Dense):
+@pytest.mark.parametrize("result", ["sample", "dw", "db", "nan"])
+def test_a_wrong_result_is_reported(result: str, problem: Problem) -> None:
+    class Spoiled(contestants.Dense):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * (math.nan if result == "nan" else 1)
+            y = super().forward(x)
+            if result == "sample":  # one sample in the middle of the batch
+                y = torch.cat([y[:2], y[2:3] * 1.01, y[3:]])
+            return y * (math.nan if result == "nan" else 1)
 
         def weight_grad(self) -> torch.Tensor:
             gradient = super().weight_grad()
             return gradient.roll(1) if result == "dw" else gradient
 
-        def bias_grad(self) -> torch.Tensor:
-            return super().bias_grad() + (0.01 if result == "db" else 0)
+        def results(self, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = super().results(x, grad)
+            return found | ({"db": found["db"] + 0.01} if result == "db" else {})
 
-    weight, bias, x, grad = problem
-    reference = _contestants.Reference(weight, bias, x, grad)
-    found = reference.check(Spoiled(weight, bias), x, grad)
+    weight = _weight(problem)
+    spoiled = Spoiled(problem.layer, weight, problem.bias)
+    found = contestants.check(spoiled, problem.reference(weight), problem)
     assert found["status"] == "wrong"
-    assert ("y" if result == "nan" else result) in found["detail"]
+    assert {"nan": "y", "sample": "y"}.get(result, result) in found["detail"]
+
+
+def test_a_library_that_is_missing_or_fails_is_reported() -> None:
+    class Absent(contestants.Dense):
+        def __init__(self, *_: object) -> None:
+            raise ImportError("No module named 'peer'")
+
+    class Failing(contestants.Dense):
+        def __init__(self, *_: object) -> None:
+            raise IndexError("out of range")
+
+    weight = sparse_weight(LINEAR.weight_shape, 0.8)
+    nothing, entry = contestants.build(Absent, LINEAR, weight, None)
+    assert (nothing, entry["status"]) == (None, "absent")
+    nothing, entry = contestants.build(Failing, LINEAR, weight, None)
+    assert (nothing, entry["detail"]) == (None, "IndexError: out of range")
+
+
+def test_a_whole_step_is_measured_and_profiled() -> None:
+    pytest.importorskip("transformers")
+    item = {"name": "resnet18", "batch": 2, "size": 32}
+    request = {"shapes": {}, "sparsities": [0.9], "profile_sparsity": 0.9, "peers": False}
+    request.update(tuned=False, budget_s=0.01, min_rounds=2)
+    (row,), profiles = models.measure_model(item, request, threads=1)
+    own = row["contestants"]["sparsetrain"]
+    assert own["status"] == "ok"
+    assert own["x_dense"]["rounds"] == 2
+    dense, sparse = (profile["kinds"] for profile in profiles)
+    assert "sparse convolution" in sparse
+    assert "sparse convolution" not in dense
+    assert dense["dense convolution"] > sparse["dense convolution"] > 0  # the first stays dense
+    assert {"optimizer", "batch norm, layer norm", "pooling"} <= set(sparse)
+
+
+def test_a_model_with_one_wrong_layer_is_reported() -> None:
+    pytest.importorskip("transformers")
+    network = models.model_zoo.build("resnet18", batch=2, size=32)
+    masked = models.mask_layers(network, 0.9)
+    expected = models.signature(network, masked)
+    good = models.CONTESTANTS["sparsetrain"](network, masked)
+    assert models.check(network, good, expected)["status"] == "ok"
+    with torch.no_grad():
+        layer = next(m for m in good.modules() if hasattr(m, "values") and m.nnz > 1000)
+        layer.values[:100] *= 1.5
+    assert models.check(network, good, expected)["status"] == "wrong"
 
 
 def test_a_crash_ends_one_contestant_only() -> None:
@@ -150,11 +299,11 @@ def test_a_crash_ends_one_contestant_only() -> None:
             raise IndexError("out of range")
 
     turns = [
-        _harness.Turn("good", lambda: None),
-        _harness.Turn("bad", crash),
-        _harness.Turn("gauge", lambda: 2.5, gauge=True),
+        timing.Turn("good", lambda: None),
+        timing.Turn("bad", crash),
+        timing.Turn("gauge", lambda: 2.5, gauge=True),
     ]
-    rounds = _harness.interleave(turns, budget_s=0.02, min_rounds=4, turn_s=1e-5)
+    rounds = timing.interleave(turns, budget_s=0.02, min_rounds=4, turn_s=1e-5)
     assert len(turns[0].values) == rounds >= 4
     assert turns[1].values == []
     assert turns[1].error == "IndexError: out of range"
@@ -162,17 +311,17 @@ def test_a_crash_ends_one_contestant_only() -> None:
 
 
 def test_ratios_pair_the_times_of_one_round() -> None:
-    slow_then_fast = _harness.ratios([8.0, 4.0, 2.0], [4.0, 2.0, 1.0])
+    slow_then_fast = timing.ratios([8.0, 4.0, 2.0], [4.0, 2.0, 1.0])
     assert slow_then_fast == {"median": 2.0, "p25": 2.0, "p75": 2.0, "rounds": 3}
-    assert _harness.ratios([3.0, 9.0], [1.0])["rounds"] == 1
+    assert timing.ratios([3.0, 9.0], [1.0])["rounds"] == 1
 
 
 def test_a_hopelessly_slow_contestant_gets_two_rounds() -> None:
     turns = [
-        _harness.Turn("fast", lambda: None),
-        _harness.Turn("slow", lambda: time.sleep(0.006)),
+        timing.Turn("fast", lambda: None),
+        timing.Turn("slow", lambda: time.sleep(0.006)),
     ]
-    _harness.interleave(turns, budget_s=0.01, min_rounds=4, turn_s=1e-5)
+    timing.interleave(turns, budget_s=0.01, min_rounds=4, turn_s=1e-5)
     assert [len(turn.values) for turn in turns] == [4, 2]
 
 
@@ -182,22 +331,36 @@ def test_a_hopelessly_slow_contestant_gets_two_rounds() -> None:
 )
 def test_verdicts(median: float, most: bool, expected: str) -> None:
     aim = None if most else 3.5
-    assert _tables.judge({"median": median}, 2.0, aim, most) == expected
-    assert _tables.judge(None, 2.0) == "not measured"
+    assert verdicts.judge({"median": median}, 2.0, aim, most) == expected
+    assert verdicts.judge(None, 2.0) == "not measured"
 
 
 def test_break_even_is_where_the_speedup_passes_one() -> None:
-    assert _plots.break_even([(0.0, 0.5), (0.75, 2.0)]) == pytest.approx(0.5)
-    assert _plots.break_even([(0.0, 1.5), (0.5, 2.0)]) is None
-    assert _plots.break_even([]) is None
+    assert plots.break_even([(0.0, 0.5), (0.75, 2.0)]) == pytest.approx(0.5)
+    assert plots.break_even([(0.0, 1.5), (0.5, 2.0)]) is None
+    assert plots.break_even([]) is None
 
 
 def test_memory_accounting_is_complete_and_small() -> None:
-    found = memory.account("1024->256", 1024, 256, 0.9)
-    assert found["bytes"]["values"] == found["bytes"]["gradient"] == 4 * found["nnz"]
-    assert found["bytes"]["pattern"] >= 4 * found["nnz"] + 4 * 257
-    assert found["bytes"]["plan"] > 0
-    assert found["verdict"] == "met"
+    for layer in (
+        Layer("a", "linear", 1024, 256, 64),
+        Layer("b", "conv2d", 64, 64, 2, size=8, kernel=3),
+    ):
+        found = memory.account(layer, 0.9)
+        assert found["bytes"]["values"] == found["bytes"]["gradient"] == 4 * found["nnz"]
+        assert found["bytes"]["pattern"] >= 4 * found["nnz"] + 4 * (layer.outputs + 1)
+        assert found["bytes"]["plan"] > 0
+        assert found["verdict"] == "met"
+
+
+@pytest.mark.parametrize(
+    ("linear", "peak", "verdict"),
+    [(True, 219, "met"), (True, 230, "MISSED"), (False, 250, "met"), (False, 251, "MISSED")],
+)
+def test_peaks_are_judged(linear: bool, peak: int, verdict: str) -> None:
+    dense = {"kind": "dense", "peak": 200, "needed": 200, "input": 80}
+    _, sparse = memory.judged_peaks(dense, {**dense, "kind": "sparse", "peak": peak}, linear)
+    assert sparse["verdict"] == verdict
 
 
 def test_a_kept_copy_of_the_input_is_seen() -> None:
@@ -211,7 +374,8 @@ def test_a_kept_copy_of_the_input_is_seen() -> None:
 
     x = torch.randn(16, 32, requires_grad=True)
     assert memory.saved_extra(Copying(), x) >= x.numel() * 4
-    assert all(row["extra_bytes_saved"] == 0 for row in memory.saved_inputs(64, 32))
+    saved = memory.saved_inputs(64, 32) + memory.saved_by_convolutions()
+    assert all(row["extra_bytes_saved"] == 0 for row in saved)
 
 
 def test_the_report_keeps_what_people_wrote(tmp_path: Path) -> None:

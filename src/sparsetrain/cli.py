@@ -14,6 +14,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         "the sparsetrain command needs extra packages: pip install 'sparsetrain[cli]'"
     ) from error
 
+from sparsetrain._cli_bench import bench
+
 if TYPE_CHECKING:
     from sparsetrain.recipes.progress import Progress
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 train = typer.Typer(no_args_is_help=True, help="Complete training recipes.")
 app.add_typer(train, name="train")
+app.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from _harness import HERE, caches, cpu_flags, cpu_model
+from sparsetrain.bench.machine import caches, cpu_flags, cpu_model
 
 LEVELS = ("registers", "L1", "L2", "L3", "memory")
 
@@ -19,14 +19,26 @@ def _compiler() -> str:
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and shutil.which(name):
             return name
-    raise RuntimeError("no C++ compiler found for benchmarks/ceilings.cc: install g++ or set CXX")
+    raise RuntimeError(
+        "the ceilings are C++ that is compiled for this CPU, and no compiler was found: "
+        "install g++ (apt install g++) or set CXX"
+    )
+
+
+def _folder() -> Path:
+    """Where the built library is kept: the user's cache, as platformdirs says."""
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return Path(tempfile.gettempdir()) / "sparsetrain-bench"
+    return user_cache_path("sparsetrain") / "bench"
 
 
 def build() -> Path:
     """Compiles ceilings.cc for this very CPU, once per source and CPU; returns the library."""
-    source = HERE / "ceilings.cc"
+    source = Path(__file__).resolve().parent / "ceilings.cc"
     identity = f"{source.read_text()}{cpu_model()}{cpu_flags()}".encode()
-    folder = HERE.parent / "build" / "benchmarks"
+    folder = _folder()
     library = folder / f"ceilings-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

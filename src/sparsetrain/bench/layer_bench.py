@@ -1,0 +1,369 @@
+"""Everything measured about one layer on one input: all sparsities and libraries in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsetrain.bench import contestants
+from sparsetrain.bench.ceilings import Ceilings
+from sparsetrain.bench.contestants import Contestant
+from sparsetrain.bench.problems import Layer, Problem, sparse_weight
+from sparsetrain.bench.timing import Json, Turn, interleave, ratios, spread
+
+# Operator: how many of the three sparse products it does. Training calls the first and the last.
+PRODUCTS = {"": 1, "_grad_input": 1, "_grad_values": 1, "_backward": 2}
+# An idle GNU OpenMP worker spins for about 10 ms (measured), and a peer may bring a runtime.
+SETTLE_S = 0.015
+LEVELS_PER_ROUND = ("registers", "L2", "L3", "memory")  # L1 is taken around every kernel
+PEERS = ("sparseprop", "sparselab")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and with whom."""
+
+    threads: int
+    budget_s: float
+    min_rounds: int
+    turn_s: float
+    peers: bool
+    tuned: bool
+    forward: bool
+    roofline: tuple[float, ...]  # sparsities at which the kernels alone are measured
+
+    @property
+    def settle_s(self) -> float:
+        return SETTLE_S if self.threads > 1 else 0.0
+
+
+@dataclass
+class Cell:
+    """One sparsity: the contestants that are right, and what is known of all of them."""
+
+    sparsity: float
+    nnz: int
+    entries: dict[str, Json] = field(default_factory=dict)
+    modules: dict[str, Contestant] = field(default_factory=dict)
+    csr: Contestant | None = None
+
+    def usable(self, name: str) -> bool:
+        """Whether the contestant's results were right."""
+        return self.entries.get(name, {}).get("status") == "ok"
+
+
+class LayerBench:
+    """The tensors and contestants of one layer, in a process with a fixed thread count."""
+
+    def __init__(self, layer: Layer, sparsities: list[float], settings: Settings) -> None:
+        self.layer, self.settings = layer, settings
+        self.problem = Problem(layer)
+        self.cells = [self._cell(sparsity) for sparsity in sparsities]
+        self.dense = self.cells[0].modules["dense"] if self.cells[0].usable("dense") else None
+        for cell in self.cells[1:]:  # one dense layer is timed for all: its zeros cost the same
+            cell.modules.pop("dense", None)
+
+    def _cell(self, sparsity: float) -> Cell:
+        layer, problem = self.layer, self.problem
+        weight = sparse_weight(layer.weight_shape, sparsity)
+        cell = Cell(sparsity, int((weight != 0).sum()))
+        reference = problem.reference(weight)
+        kinds: list[type[Contestant]] = [contestants.Dense, *contestants.OWN]
+        kinds += [contestants.Tuned] if self.settings.tuned else []
+        kinds += contestants.PEERS if self.settings.peers else []
+        for kind in kinds:
+            if layer.kind not in kind.kinds:
+                continue
+            found, entry = contestants.build(kind, layer, weight, problem.bias)
+            if found is not None:
+                entry = contestants.check(found, reference, problem)
+                cell.modules[kind.name] = found
+            cell.entries[kind.name] = entry
+        if self.settings.peers and self.settings.forward and layer.kind == "linear":
+            kind = contestants.TorchCsr
+            with torch.no_grad():
+                cell.csr, entry = contestants.build(kind, layer, weight, problem.bias)
+            if cell.csr is not None:
+                entry = contestants.check_forward(cell.csr, reference, problem)
+            cell.entries[kind.name] = entry
+        self._keep_better_variant(cell)
+        return cell
+
+    def _keep_better_variant(self, cell: Cell) -> None:
+        """sparseprop has two convolutions; whoever is faster here stands for it."""
+        variants = {name: cell.entries.pop(name) for name in list(cell.entries) if " " in name}
+        if not variants:
+            return
+        seconds = {}
+        for name, entry in variants.items():
+            if entry["status"] == "ok":
+                turn = Turn(name, self._step(cell.modules[name]))
+                interleave([turn], budget_s=0.0, min_rounds=2, turn_s=1e-4)
+                entry["trial_ms"] = [round(1e3 * s, 3) for s in turn.values]
+                if turn.values:
+                    seconds[name] = min(turn.values)
+        best = min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(variants))
+        cell.entries["sparseprop"] = {**variants[best], "variant": best, "variants": variants}
+        for name in variants:
+            found = cell.modules.pop(name, None)
+            if name == best and found is not None:
+                cell.modules["sparseprop"] = found
+
+    def _step(self, contestant: Contestant) -> Callable[[], object]:
+        return lambda: contestant.train_step(self.problem.x, self.problem.grad)
+
+    def training_turns(self) -> list[Turn]:
+        """Forward + backward: dense, then every contestant that is right at every sparsity."""
+        turns = [] if self.dense is None else [Turn("dense", self._step(self.dense))]
+        for cell in self.cells:
+            for name, module in cell.modules.items():
+                if name != "dense" and cell.usable(name):
+                    turns.append(Turn(_key(name, cell), self._step(module)))
+        return turns
+
+    def forward_turns(self) -> list[Turn]:
+        """The forward pass alone, without autograd; the only thing torch.sparse can do."""
+
+        def step(contestant: Contestant) -> Callable[[], object]:
+            def run() -> None:
+                with torch.inference_mode():
+                    contestant.forward(self.problem.x)
+
+            return run
+
+        if not self.settings.forward:
+            return []
+        turns = [] if self.dense is None else [Turn("dense forward", step(self.dense))]
+        for cell in self.cells:
+            if cell.usable("sparsetrain"):
+                own = cell.modules["sparsetrain"]
+                turns.append(Turn(_key("sparsetrain forward", cell), step(own)))
+            if cell.csr is not None and cell.usable("torch.sparse"):
+                turns.append(Turn(_key("torch.sparse forward", cell), step(cell.csr)))
+        return turns
+
+    def kernels(self, cell: Cell) -> dict[str, Callable[[], object]]:
+        """The operators of sparsetrain, called alone: no module, no autograd."""
+        if not cell.usable("sparsetrain"):
+            return {}
+        module: Any = cell.modules["sparsetrain"].module
+        x, values = self.problem.x.detach(), module.values.detach()
+        bias = None if module.bias is None else module.bias.detach()
+        pattern, grad = module.pattern, self.problem.grad
+        place = (pattern.crow_indices, pattern.col_indices, pattern.key)
+        size: Any = x.shape[1]
+        window: tuple[Any, ...] = ()
+        family = "linear"
+        if self.layer.kind == "conv2d":
+            family, size = "conv2d", list(x.shape)
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+            window = (*map(list, geometry), module.groups)
+        ops = {name: getattr(torch.ops.sparsetrain, family + name) for name in PRODUCTS}
+        has_bias = bias is not None
+        calls = {
+            "": (x, values, bias, *place, *window),
+            "_grad_input": (grad, values, *place, size, *window),
+            "_grad_values": (grad, x, *place, *window, has_bias),
+            "_backward": (grad, x, values, *place, *window, has_bias),
+        }
+        return {family + name: _bind(ops[name], *given) for name, given in calls.items()}
+
+    # ------------------------------------------------------------ one row per sparsity
+
+    def measure(self, ceilings: Ceilings | None) -> list[Json]:
+        """Times everything; one dictionary per sparsity, as it goes into the result file."""
+        settings = self.settings
+        turns = self.training_turns() + self.forward_turns()
+        rounds = interleave(
+            turns,
+            budget_s=settings.budget_s,
+            min_rounds=settings.min_rounds,
+            turn_s=settings.turn_s,
+            settle_s=settings.settle_s,
+        )
+        values = {turn.name: turn.values for turn in turns if turn.values}
+        cpu = {turn.name: turn.cpu for turn in turns if turn.cpu}
+        errors = {turn.name: turn.error for turn in turns if turn.error}
+        return [self._row(cell, rounds, values, cpu, errors, ceilings) for cell in self.cells]
+
+    def _row(
+        self,
+        cell: Cell,
+        rounds: int,
+        values: dict[str, list[float]],
+        cpu: dict[str, list[float]],
+        errors: dict[str, str],
+        ceilings: Ceilings | None,
+    ) -> Json:
+        for name, entry in cell.entries.items():
+            if _key(name, cell) in errors:
+                entry.update(status="crashed", detail=errors[_key(name, cell)])
+        row: Json = {
+            "layer": self.layer.name,
+            "batch": self.layer.batch,
+            "geometry": self.layer.describe(),
+            "sparsity": cell.sparsity,
+            "nnz": cell.nnz,
+            "threads": self.settings.threads,
+            "rounds": rounds,
+            "contestants": cell.entries,
+            "kernels": {},
+        }
+        row.update(compare(cell.entries, _of(cell, values)))
+        if self.settings.threads == 1:
+            row["cpu_time"] = compare_cpu(_of(cell, cpu), row.get("best_peer"))
+        if ceilings is not None and cell.sparsity in self.settings.roofline:
+            row.update(self.roofline(cell, ceilings))
+        return row
+
+    def roofline(self, cell: Cell, ceilings: Ceilings) -> Json:
+        """Each kernel between two bursts of the L1 ceiling, then the other ceilings."""
+
+        def gauge(name: str, level: str) -> Turn:
+            return Turn(name, lambda: ceilings.gflops(level, cpu_time=True), gauge=True)
+
+        kernels = self.kernels(cell)
+        turns = [gauge("L1 0", "L1")]
+        for number, (name, step) in enumerate(kernels.items(), start=1):
+            turns += [Turn(name, step), gauge(f"L1 {number}", "L1")]
+        turns += [gauge(level, level) for level in LEVELS_PER_ROUND]
+        settings = self.settings
+        interleave(
+            turns,
+            budget_s=settings.budget_s / 8,
+            min_rounds=settings.min_rounds,
+            turn_s=settings.turn_s,
+            settle_s=settings.settle_s,
+        )
+        values = {turn.name: turn.values for turn in turns if turn.values}
+        cpu = {turn.name: turn.cpu for turn in turns if turn.cpu}
+        l1 = [value for name, each in values.items() if name.startswith("L1 ") for value in each]
+        levels = {level: spread(values[level]) for level in LEVELS_PER_ROUND}
+        # With one thread a long kernel loses time slices to neighbours that a short burst of a
+        # ceiling does not: both in CPU time then. With more threads waiting counts: wall time.
+        timed = cpu if settings.threads == 1 else values
+        gauges = {name: each for name, each in values.items() if name not in cpu}
+        flops = self.layer.flops(cell.sparsity)
+        found = kernel_results(list(kernels), timed | gauges, flops)
+        return {"ceilings": {"L1": spread(l1), **levels}, "kernels": found}
+
+    def scaling(self, ceilings: Ceilings | None) -> list[Json]:
+        """One thread against all of them, alternating in this process (OMP_NUM_THREADS = all).
+
+        torch.set_num_threads(1) leaves the other workers asleep, and both times of a ratio are
+        of one round; two processes would be minutes apart.
+        """
+        count, turns = self.settings.threads, []
+
+        def add(name: str, contestant: Contestant) -> None:
+            step = self._step(contestant)
+            for n in (1, count):
+                turns.append(Turn(f"{name}@{n}", step, before=_bind(torch.set_num_threads, n)))
+
+        if self.dense is not None:
+            add("dense", self.dense)
+        for cell in self.cells:
+            if cell.usable("sparsetrain"):
+                add(_key("sparsetrain", cell), cell.modules["sparsetrain"])
+        if ceilings is not None:
+            for n in (1, count):
+                turns.append(Turn(f"L1@{n}", _bind(ceilings.gflops, "L1", n), gauge=True))
+        settings = self.settings
+        interleave(
+            turns,
+            budget_s=settings.budget_s / 2,
+            min_rounds=min(3, settings.min_rounds),
+            turn_s=settings.turn_s,
+            settle_s=SETTLE_S,
+        )
+        torch.set_num_threads(count)
+        values = {turn.name: turn.values for turn in turns if turn.values}
+
+        def ratio(name: str) -> Json | None:
+            one, all_ = values.get(f"{name}@1"), values.get(f"{name}@{count}")
+            return ratios(one, all_) if one and all_ else None
+
+        machine = values.get(f"L1@{count}"), values.get("L1@1")
+        l1 = ratios(machine[0], machine[1]) if machine[0] and machine[1] else None
+        rows = []
+        for cell in self.cells:
+            found = {"sparsetrain": ratio(_key("sparsetrain", cell)), "dense": ratio("dense")}
+            rows.append({k: v for k, v in {**found, "l1_ceiling": l1}.items() if v})
+        return rows
+
+
+def _key(name: str, cell: Cell) -> str:
+    return name if name.startswith("dense") else f"{name} at {cell.sparsity}"
+
+
+def _of(cell: Cell, values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The times that belong to one sparsity, under the contestants' plain names."""
+    end = f" at {cell.sparsity}"
+    dense = {name: each for name, each in values.items() if name.startswith("dense")}
+    own = {name[: -len(end)]: each for name, each in values.items() if name.endswith(end)}
+    return dense | own
+
+
+def _bind(function: Callable[..., object], *args: object) -> Callable[[], object]:
+    return lambda: function(*args)
+
+
+def kernel_results(names: list[str], turns: dict[str, list[float]], flops: float) -> Json:
+    """GF/s and fraction of the two L1 bursts around it, round by round, for every kernel."""
+    results: Json = {}
+    for number, (name, products) in enumerate(zip(names, PRODUCTS.values(), strict=True)):
+        seconds = turns.get(name)
+        if not seconds:
+            continue
+        around = zip(turns[f"L1 {number}"], turns[f"L1 {number + 1}"], strict=True)
+        l1 = [(a + b) / 2 for a, b in around]
+        gflops = [products * flops / s / 1e9 for s in seconds]
+        results[name] = {
+            "ms": spread([1e3 * s for s in seconds]),
+            "gflops": spread(gflops),
+            "fraction_of_l1": ratios(gflops, l1),
+        }
+    return results
+
+
+def compare(entries: dict[str, Json], values: dict[str, list[float]]) -> Json:
+    """Times of each contestant, and the per-round ratios against dense and the best peer."""
+    dense = values.get("dense")
+    for name, entry in entries.items():
+        if values.get(name):
+            entry["ms"] = spread([1e3 * s for s in values[name]])
+            entry["round_ms"] = [round(1e3 * s, 4) for s in values[name]]
+            if dense:
+                entry["x_dense"] = ratios(dense, values[name])
+    result: Json = {}
+    if values.get("tuned") and values.get("sparsetrain"):
+        result["tuned_gain"] = ratios(values["sparsetrain"], values["tuned"])
+    forward = values.get("dense forward")
+    for name in ("dense", "sparsetrain", "torch.sparse"):
+        times = values.get(f"{name} forward")
+        if forward and times:
+            result.setdefault("forward", {})[name] = {
+                "ms": spread([1e3 * s for s in times]),
+                "x_dense": ratios(forward, times),
+            }
+    peers = [p for p in PEERS if "ms" in entries.get(p, {})]
+    if peers:
+        best = min(peers, key=lambda p: entries[p]["ms"]["median"])
+        result["best_peer"] = best
+        if values.get("sparsetrain"):
+            result["x_best_peer"] = ratios(values[best], values["sparsetrain"])
+    return result
+
+
+def compare_cpu(cpu: dict[str, list[float]], best_peer: str | None) -> Json:
+    """The two ratios that matter once more in CPU time: a check on a noisy machine."""
+    own, dense = cpu.get("sparsetrain"), cpu.get("dense")
+    if not own or not dense:
+        return {}
+    result = {"x_dense": ratios(dense, own)}
+    if best_peer:
+        result["x_best_peer"] = ratios(cpu[best_peer], own)
+    return result

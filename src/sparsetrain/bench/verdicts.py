@@ -1,0 +1,152 @@
+"""Requirements of the shapes files against what was measured. Measures nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sparsetrain.bench.timing import Json
+
+WHAT = {"x_dense": "forward + backward, x dense", "x_best_peer": "forward + backward, x best peer"}
+
+
+def judge(measured: Json | None, floor: float, aim: float | None = None, most: bool = False) -> str:
+    """`aim`, `floor`, `MISSED` or `not measured`, by the median. most: a limit from above."""
+    if not measured:
+        return "not measured"
+    sign = -1 if most else 1
+    if aim is not None and sign * measured["median"] >= sign * aim:
+        return "aim"
+    return "floor" if sign * measured["median"] >= sign * floor else "MISSED"
+
+
+def targets_of(name: str | None, sparsity: float, shapes: Json) -> Json:
+    """{"x_dense": {"floor", "aim"}, "x_best_peer": ...}: of a targets table at one sparsity.
+
+    shapes: the shapes file, or its `targets` and `sparsities`. Empty where there is no table or it
+    has no entry for this sparsity; an aim that the table leaves out is None.
+    """
+    if name is None:
+        return {}
+    table = shapes["targets"][name]
+    known = table.get("sparsities", shapes["sparsities"])
+    if sparsity not in known:
+        return {}
+    place = known.index(sparsity)
+    return {
+        what: {
+            kind: table[what][kind][place] if kind in table[what] else None
+            for kind in ("floor", "aim")
+        }
+        for what in WHAT
+        if what in table
+    }
+
+
+def verdict(
+    what: str,
+    case: str,
+    row: Json,
+    measured: Json | None,
+    goal: Json,
+    most: bool = False,
+) -> Json:
+    """One requirement and what was measured for it. goal: {"floor", "aim" (may be None)}."""
+    return {
+        "what": what,
+        "case": case,
+        "sparsity": row.get("sparsity"),
+        "threads": row.get("threads"),
+        "measured": measured,
+        "floor": goal["floor"],
+        "aim": goal.get("aim"),
+        "at_most": most,
+        "verdict": judge(measured, goal["floor"], goal.get("aim"), most),
+    }
+
+
+def case_name(row: Json) -> str:
+    """`768->3072, batch 2048`"""
+    return f"{row['layer']}, batch {row['batch']}"
+
+
+def _row_verdicts(row: Json, limits: Json, peers: bool) -> list[Json]:
+    found, case = [], case_name(row)
+    ratio = {
+        "x_dense": row["contestants"].get("sparsetrain", {}).get("x_dense"),
+        "x_best_peer": row.get("x_best_peer"),
+    }
+    for what, goal in row["targets"].items():
+        if what == "x_dense" or peers:
+            found.append(verdict(WHAT[what], case, row, ratio[what], goal))
+    if row["sparsity"] in limits.get("roofline_sparsities", ()) and row["kernels"]:
+        goal = {"floor": limits["roofline_fraction"], "aim": limits.get("roofline_aim")}
+        for kernel, entry in row["kernels"].items():
+            what = f"{kernel_name(kernel)} kernel / L1 ceiling"
+            found.append(verdict(what, case, row, entry["fraction_of_l1"], goal))
+    if row["threads"] == 2 and row["targets"].get("x_best_peer"):
+        goal = {"floor": limits["scaling_two_threads"]}
+        scaling = row.get("scaling", {}).get("sparsetrain")
+        found.append(verdict("two threads / one", case, row, scaling, goal))
+    return found
+
+
+def kernel_name(operator: str) -> str:
+    """What an operator of sparsetrain computes: `linear_grad_input` -> `grad input`."""
+    for end in ("grad_input", "grad_values"):
+        if operator.endswith(end):
+            return end.replace("_", " ")
+    return "both grads" if operator.endswith("backward") else "forward"
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def peer_summary(run: Json) -> Json:
+    """Geometric mean and minimum of the ratios to the best peer, over rows with such a target."""
+    ratios = [
+        row["x_best_peer"]["median"]
+        for row in run["rows"]
+        if row.get("x_best_peer") and row["targets"].get("x_best_peer")
+    ]
+    mean = geometric_mean(ratios)
+    if mean is None:
+        return {}
+    return {"geomean": mean, "min": min(ratios), "max": max(ratios), "rows": len(ratios)}
+
+
+def layer_verdicts(data: Json) -> list[Json]:
+    """Every requirement of the shapes file with what was measured for it."""
+    found, limits = [], data["limits"]
+    for run in data["runs"]:
+        summary = peer_summary(run)
+        for row in run["rows"]:
+            found += _row_verdicts(row, limits, bool(summary))
+        if "best_peer_geomean" in limits and summary:
+            low, high, count = summary["min"], summary["max"], summary["rows"]
+            measured = {"median": summary["geomean"], "p25": low, "p75": high, "rounds": count}
+            what = "x best peer, geometric mean (least-most)"
+            goal = limits["best_peer_geomean"]
+            case = f"{count} layers and sparsities"
+            found.append(verdict(what, case, {"threads": run["threads"]}, measured, goal))
+        tiny = run.get("tiny")
+        for kind in ("training", "forward") if tiny else ():
+            ratio, goal = tiny.get(f"{kind}_x_dense_time"), {"floor": limits["tiny_overhead"]}
+            case = f"{tiny['name']}, batch {tiny['batch']}"
+            found.append(verdict(f"tiny {kind} time / dense", case, tiny, ratio, goal, True))
+    return found
+
+
+def wrong_results(data: Json) -> list[str]:
+    """Where sparsetrain itself gave a wrong result or crashed: no time counts then."""
+    lines = []
+    for run in data["runs"]:
+        for row in (*run["rows"], *([run["tiny"]] if run.get("tiny") else [])):
+            for name in ("sparsetrain", "tuned"):
+                entry = row["contestants"].get(name, {})
+                if entry.get("status") in ("wrong", "crashed"):
+                    where = case_name(row) if "layer" in row else row.get("name", row.get("model"))
+                    lines.append(f"{where} at {100 * row['sparsity']:g} %: {entry.get('detail')}")
+    return lines
