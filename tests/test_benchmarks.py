@@ -156,7 +156,10 @@ def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
     assert message in done.output
 
 
-@pytest.mark.parametrize("command", ["layers", "models", "memory", "report"])
+COMMANDS = ["ceilings", "compare", "layers", "memory", "models", "report", "threads"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command: str) -> None:
     done = bench(command, "--help")
     assert done.exit_code == 0

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from benchmarks/results/linear.json and demo.json.
+"""Writes the measured tables of README.md from benchmarks/results: demo, linear, conv and models.
 
     python tools/readme_tables.py [--demo demo-out/text/report.json]
 
@@ -50,14 +50,14 @@ def demo_section(report: dict[str, Any]) -> str:
     )
 
 
-def linear_section(data: dict[str, Any]) -> str:
+def layers_section(data: dict[str, Any]) -> str:
     """Forward + backward of single layers, x dense: one row per layer, one column per sparsity."""
     parts = []
     for run in data["runs"]:
         found: dict[str, dict[float, str]] = {}
         for row in run["rows"]:
             ratio = row["contestants"].get("sparsetrain", {}).get("x_dense")
-            if row["targets"] and ratio:
+            if row["targets"] and ratio and row["batch"] > 8:
                 name = f"{row['layer']}, batch {row['batch']}"
                 found.setdefault(name, {})[row["sparsity"]] = f"{ratio['median']:.1f}x"
         sparsities = sorted({s for cells in found.values() for s in cells})
@@ -71,10 +71,39 @@ def linear_section(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def models_section(data: dict[str, Any]) -> str:
+    """Whole training steps, x dense: one row per network, one column per sparsity."""
+    parts = []
+    for run in data["runs"]:
+        found: dict[str, dict[float, str]] = {}
+        for row in run["rows"]:
+            ratio = row["contestants"].get("sparsetrain", {}).get("x_dense")
+            if ratio:
+                cells = found.setdefault(row["title"], {})
+                cells[row["sparsity"]] = f"{ratio['median']:.1f}x"
+        sparsities = sorted({s for cells in found.values() for s in cells})
+        rows = [[name, *(cells.get(s, "-") for s in sparsities)] for name, cells in found.items()]
+        environment = run["environment"]
+        parts.append(
+            f"Whole training steps, SGD with momentum, times dense, on {environment['cpu']}, "
+            f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}:\n\n"
+            + table(["network", *(f"{100 * s:g} %" for s in sparsities)], rows)
+        )
+    return "\n\n".join(parts)
+
+
+SECTIONS = (
+    ("demo", demo_section),
+    ("models", models_section),
+    ("linear", layers_section),
+    ("conv", layers_section),
+)
+
+
 def generate(readme: str, results: Path) -> str:
     """README with the tables of all results that are there."""
     sections = []
-    for name, section in (("demo", demo_section), ("linear", linear_section)):
+    for name, section in SECTIONS:
         path = results / f"{name}.json"
         if path.exists():
             sections.append(section(json.loads(path.read_text(encoding="utf-8"))))

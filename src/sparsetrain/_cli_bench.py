@@ -18,6 +18,10 @@ Threads = Annotated[
 ]
 Sparsity = Annotated[str, typer.Option(help="Only these sparsities, with commas: 0.8,0.95.")]
 Shapes = Annotated[Path | None, typer.Option(help="TOML file with what to measure, and targets.")]
+Set = Annotated[str, typer.Option("--set", help="Layers to measure: linear, conv or models.")]
+LayerNames = Annotated[
+    str, typer.Option(help="Only layers whose name has one of these parts, with commas.")
+]
 Peers = Annotated[
     bool, typer.Option("--peers", help="torch.sparse, sparseprop and sparselab beside it.")
 ]
@@ -65,8 +69,39 @@ Examples:
 
 [bold]sparsetrain bench memory --json memory.json[/bold]
 """
+CEILINGS_HELP = """
+Measure what this CPU gives at most: multiply-adds from registers, L1, L2, L3 and memory.
+
+A sparse product loads once per multiply-add, so the L1 line is its roofline. Needs g++ (or CXX).
+
+Examples:
+
+[bold]sparsetrain bench ceilings --quick[/bold]
+
+[bold]sparsetrain bench ceilings --threads 1,2,4 --json ceilings.json[/bold]
+"""
+THREADS_HELP = """
+Measure time on one thread over time on several, in turn in one process.
+
+Examples:
+
+[bold]sparsetrain bench threads --quick[/bold]
+
+[bold]sparsetrain bench threads --set conv --layers 3x3 --sparsity 0.9,0.95 --peers[/bold]
+"""
+COMPARE_HELP = """
+Compare two results of the same benchmark: speeds over dense, with their noise.
+
+Exits with 1 where a layer became slower by more than the noise (at least 3 %), or wrong.
+
+Examples:
+
+[bold]sparsetrain bench compare before.json after.json[/bold]
+
+[bold]sparsetrain bench compare before.json after.json --json[/bold]
+"""
 REPORT_HELP = """
-Write tables and plots of a folder of results: docs/performance.md.
+Write tables and plots of a folder of results: docs/performance.md, or one HTML page.
 
 The part of the file between its two hand-written marks is kept.
 
@@ -75,6 +110,8 @@ Examples:
 [bold]sparsetrain bench report[/bold]
 
 [bold]sparsetrain bench report --results runs/bench --output runs/performance.md[/bold]
+
+[bold]sparsetrain bench report --html performance.html[/bold]
 """
 
 
@@ -115,17 +152,15 @@ def _run(function: Any, options: Any) -> Any:
     """Calls a benchmark; what the user got wrong becomes one line."""
     try:
         return function(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         _fail(str(error))
 
 
 @bench.command("layers", help=LAYERS_HELP)
 def layers(
-    set_: Annotated[str, typer.Option("--set", help="linear, conv or models.")] = "linear",
+    set_: Set = "linear",
     shapes: Shapes = None,
-    layers: Annotated[
-        str, typer.Option(help="Only layers whose name has one of these parts, with commas.")
-    ] = "",
+    layers: LayerNames = "",
     batches: Annotated[str, typer.Option(help="Only these batches, with commas.")] = "",
     sparsity: Sparsity = "",
     threads: Threads = "1,2",
@@ -233,9 +268,79 @@ def report(
     output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path(
         "docs/performance.md"
     ),
+    html: Annotated[
+        Path | None, typer.Option(help="Write one HTML file with everything in it, instead.")
+    ] = None,
 ) -> None:
     """Write the report (its help is REPORT_HELP)."""
     from sparsetrain.bench import report as document
 
-    _run(lambda _: document.write(results, output), None)
-    typer.echo(f"written: {output}")
+    write = document.write_page if html else document.write
+    _run(lambda target: write(results, target), html or output)
+    typer.echo(f"written: {html or output}")
+
+
+@bench.command("ceilings", help=CEILINGS_HELP)
+def ceilings(
+    threads: Threads = "1,2",
+    quick: Quick = False,
+    json_file: Out = None,
+) -> None:
+    """Measure the ceilings (its help is CEILINGS_HELP)."""
+    from sparsetrain.bench import machine_bench
+
+    counts = numbers("--threads", threads, int, 1, 257)
+    rounds = 5 if quick else 40
+    data = _run(lambda _: machine_bench.run(counts, rounds, json_file), None)
+    typer.echo(machine_bench.ceilings_report(data))
+
+
+@bench.command("threads", help=THREADS_HELP)
+def threads_(
+    set_: Set = "linear",
+    shapes: Shapes = None,
+    layers: LayerNames = "",
+    sparsity: Sparsity = "0.9",
+    threads: Threads = "2",
+    peers: Peers = False,
+    quick: Quick = False,
+    budget: Budget = None,
+    json_file: Out = None,
+) -> None:
+    """Measure the gain of threads (its help is THREADS_HELP)."""
+    from sparsetrain.bench import layers as benchmark
+    from sparsetrain.bench.layer_tables import scaling_report
+    from sparsetrain.bench.verdicts import wrong_results
+
+    options = benchmark.Options(
+        set=set_,
+        shapes=shapes,
+        layers=_words(layers),
+        sparsities=numbers("--sparsity", sparsity, float, 0, 1),
+        threads=numbers("--threads", threads, int, 2, 1025),
+        peers=peers,
+        quick=quick,
+        budget_s=budget,
+        json=json_file,
+        scaling_only=True,
+    )
+    data = _run(benchmark.run, options)
+    _finish(data, scaling_report(data), False, wrong_results(data))
+
+
+@bench.command("compare", help=COMPARE_HELP)
+def compare(
+    old: Annotated[Path, typer.Argument(help="Result of `bench layers` or `bench models`.")],
+    new: Annotated[Path, typer.Argument(help="The same, measured later.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two results (its help is COMPARE_HELP)."""
+    import json
+
+    from sparsetrain.bench import compare as comparison
+    from sparsetrain.bench.processes import read_json
+
+    result = _run(lambda _: comparison.compare(read_json(old), read_json(new)), None)
+    typer.echo(json.dumps(result) if as_json else comparison.compare_report(result))
+    if comparison.regressed(result):
+        raise typer.Exit(1)

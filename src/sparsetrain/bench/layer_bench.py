@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ PRODUCTS = {"": 1, "_grad_input": 1, "_grad_values": 1, "_backward": 2}
 SETTLE_S = 0.015
 LEVELS_PER_ROUND = ("registers", "L2", "L3", "memory")  # L1 is taken around every kernel
 PEERS = ("sparseprop", "sparselab")
+OWN = ("sparsetrain",)
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,10 @@ class LayerBench:
         errors = {turn.name: turn.error for turn in turns if turn.error}
         return [self._row(cell, rounds, values, cpu, errors, ceilings) for cell in self.cells]
 
+    def unmeasured(self) -> list[Json]:
+        """The rows without times, for what is measured otherwise."""
+        return [self._row(cell, 0, {}, {}, {}, None) for cell in self.cells]
+
     def _row(
         self,
         cell: Cell,
@@ -250,9 +255,10 @@ class LayerBench:
         found = kernel_results(list(kernels), timed | gauges, flops)
         return {"ceilings": {"L1": spread(l1), **levels}, "kernels": found}
 
-    def scaling(self, ceilings: Ceilings | None) -> list[Json]:
+    def scaling(self, ceilings: Ceilings | None, names: Sequence[str] = OWN) -> list[Json]:
         """One thread against all of them, alternating in this process (OMP_NUM_THREADS = all).
 
+        names: the contestants that take part, besides dense and the L1 ceiling; a row per sparsity.
         torch.set_num_threads(1) leaves the other workers asleep, and both times of a ratio are
         of one round; two processes would be minutes apart.
         """
@@ -266,8 +272,9 @@ class LayerBench:
         if self.dense is not None:
             add("dense", self.dense)
         for cell in self.cells:
-            if cell.usable("sparsetrain"):
-                add(_key("sparsetrain", cell), cell.modules["sparsetrain"])
+            for name in names:
+                if name in cell.modules and cell.usable(name):
+                    add(_key(name, cell), cell.modules[name])
         if ceilings is not None:
             for n in (1, count):
                 turns.append(Turn(f"L1@{n}", _bind(ceilings.gflops, "L1", n), gauge=True))
@@ -290,8 +297,9 @@ class LayerBench:
         l1 = ratios(machine[0], machine[1]) if machine[0] and machine[1] else None
         rows = []
         for cell in self.cells:
-            found = {"sparsetrain": ratio(_key("sparsetrain", cell)), "dense": ratio("dense")}
-            rows.append({k: v for k, v in {**found, "l1_ceiling": l1}.items() if v})
+            found = {name: ratio(_key(name, cell)) for name in names}
+            found.update(dense=ratio("dense"), l1_ceiling=l1)
+            rows.append({k: v for k, v in found.items() if v})
         return rows
 
 

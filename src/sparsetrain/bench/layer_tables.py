@@ -125,17 +125,27 @@ def _kernel_table(run: Json) -> str:
 
 
 def _scaling_table(run: Json, limit: float) -> str:
-    rows = []
+    rows, peers = [], [p for p in PEERS if any(p in r.get("scaling", {}) for r in run["rows"])]
     for row in run["rows"]:
         if "scaling" in row:
             scaling = row["scaling"]
             cells = [case_name(row), percent(row["sparsity"])]
             cells.append(with_spread(scaling.get("sparsetrain")))
             cells.append(judge(scaling.get("sparsetrain"), limit) if row["targets"] else "-")
-            cells += [with_spread(scaling.get(name)) for name in ("dense", "l1_ceiling")]
+            cells += [with_spread(scaling.get(name)) for name in ("dense", *peers, "l1_ceiling")]
             rows.append(cells)
     header = ["layer", "sparsity", f"sparsetrain (at least {limit:g})", "verdict", "dense"]
-    return table([*header, "L1 ceiling"], rows) if rows else ""
+    return table([*header, *peers, "L1 ceiling"], rows) if rows else ""
+
+
+def scaling_report(data: Json) -> str:
+    """What `bench threads` measured, as Markdown."""
+    sections = [("Machine", _machine(data))]
+    limit = data["limits"].get("scaling_two_threads", 1.8)
+    for run in data["runs"]:
+        title = f"Time on one thread / time on {threads_name(run['threads'])}, in one process"
+        sections.append((title, _scaling_table(run, limit)))
+    return markdown(sections, data["command"])
 
 
 def _tiny_table(data: Json) -> str:

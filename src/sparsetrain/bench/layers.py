@@ -46,6 +46,7 @@ class Options:
     time_limit_s: float | None = None
     json: Path | None = None
     resume: bool = False
+    scaling_only: bool = False  # nothing but one thread against all
 
 
 def load_shapes(options: Options) -> Json:
@@ -93,7 +94,8 @@ def _request(shapes: Json, options: Options, threads: int, done: set[Any]) -> Js
         "targets": shapes.get("targets", {}),
         "sparsities": shapes["sparsities"],
         "roofline": shapes.get("limits", {}).get("roofline_sparsities", []),
-        "tiny": shapes.get("tiny"),
+        "tiny": None if options.scaling_only else shapes.get("tiny"),
+        "scaling_only": options.scaling_only,
         "forward": shapes.get("forward", False),
         "tuned": options.tuned,
         "budget_s": options.budget_s or budget,
@@ -153,7 +155,7 @@ def _ceiling(ceilings: Any, level: str) -> Json:
 
 def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> list[Json]:
     """One layer at all its sparsities: a list of rows."""
-    from sparsetrain.bench.layer_bench import LayerBench, Settings
+    from sparsetrain.bench.layer_bench import OWN, PEERS, LayerBench, Settings
     from sparsetrain.bench.problems import layer_from
 
     layer = layer_from(group["layer"])
@@ -169,12 +171,13 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
     )
     with OtherLoad() as load:
         bench = LayerBench(layer, group["sparsities"], settings)
-        rows = bench.measure(ceilings)
+        rows = bench.unmeasured() if request["scaling_only"] else bench.measure(ceilings)
     for row in rows:
         row["other_load_cpus"] = load.cpus
         row["targets"] = verdicts.targets_of(layer.targets, row["sparsity"], request)
     if threads > 1:
-        for row, scaling in zip(rows, bench.scaling(ceilings), strict=True):
+        names = ("sparsetrain", *PEERS) if request["scaling_only"] else OWN
+        for row, scaling in zip(rows, bench.scaling(ceilings, names), strict=True):
             row["scaling"] = scaling
     return rows
 
@@ -215,7 +218,7 @@ def run(options: Options) -> Json:
     """
     shapes = load_shapes(options)
     data: Json = {
-        "benchmark": "layers",
+        "benchmark": "threads" if options.scaling_only else "layers",
         "set": options.set if options.shapes is None else options.shapes.stem,
         "command": command_line(),
         "limits": shapes.get("limits", {}),

@@ -105,6 +105,13 @@ def draw(name: str, data: Json, folder: Path) -> list[tuple[str, str]]:
     return drawn
 
 
+def write_page(results: Path, output: Path) -> None:
+    """Everything in one HTML file that loads nothing."""
+    from sparsetrain.bench import page
+
+    write_text(output, page.render(load_results(results)))
+
+
 def write(results: Path, output: Path) -> None:
     """The document and its plots. Raises ValueError, and changes no text, if something is amiss."""
     output.parent.mkdir(parents=True, exist_ok=True)

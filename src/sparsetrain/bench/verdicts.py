@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 from sparsetrain.bench.timing import Json
 
-WHAT = {"x_dense": "forward + backward, x dense", "x_best_peer": "forward + backward, x best peer"}
+WHAT = {
+    "x_dense": "forward + backward, x dense",
+    "x_tuned": "forward + backward, tuned, x dense",
+    "x_best_peer": "forward + backward, x best peer",
+}
 
 
 def judge(measured: Json | None, floor: float, aim: float | None = None, most: bool = False) -> str:
@@ -70,14 +74,20 @@ def case_name(row: Json) -> str:
     return f"{row['layer']}, batch {row['batch']}"
 
 
-def _row_verdicts(row: Json, limits: Json, peers: bool) -> list[Json]:
+def _row_verdicts(row: Json, limits: Json) -> list[Json]:
     found, case = [], case_name(row)
     ratio = {
         "x_dense": row["contestants"].get("sparsetrain", {}).get("x_dense"),
+        "x_tuned": row["contestants"].get("tuned", {}).get("x_dense"),
         "x_best_peer": row.get("x_best_peer"),
     }
+    present = {
+        "x_dense": True,
+        "x_tuned": "tuned" in row["contestants"],
+        "x_best_peer": any(peer in row["contestants"] for peer in ("sparseprop", "sparselab")),
+    }
     for what, goal in row["targets"].items():
-        if what == "x_dense" or peers:
+        if present[what]:
             found.append(verdict(WHAT[what], case, row, ratio[what], goal))
     if row["sparsity"] in limits.get("roofline_sparsities", ()) and row["kernels"]:
         goal = {"floor": limits["roofline_fraction"], "aim": limits.get("roofline_aim")}
@@ -106,11 +116,36 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 def peer_summary(run: Json) -> Json:
     """Geometric mean and minimum of the ratios to the best peer, over rows with such a target."""
-    ratios = [
-        row["x_best_peer"]["median"]
-        for row in run["rows"]
-        if row.get("x_best_peer") and row["targets"].get("x_best_peer")
-    ]
+    rows = [row for row in run["rows"] if row["targets"].get("x_best_peer")]
+    return _summary([row["x_best_peer"]["median"] for row in rows if row.get("x_best_peer")])
+
+
+def mean_verdicts(run: Json, limits: Json) -> list[Json]:
+    """The requirements for geometric means: over all rows, or those of one sparsity and batch."""
+    found = []
+    for what, name in (("dense_geomean", "x dense"), ("best_peer_geomean", "x best peer")):
+        goal = limits.get(what)
+        if goal is None:
+            continue
+        ratios, narrow = [], {k: goal[k] for k in ("sparsity", "batch") if k in goal}
+        for row in run["rows"]:
+            own = row["contestants"].get("sparsetrain", {}).get("x_dense")
+            ratio = own if what == "dense_geomean" else row.get("x_best_peer")
+            wanted = row["targets"] if narrow else row["targets"].get("x_best_peer")
+            if ratio and wanted and all(row[k] == v for k, v in narrow.items()):
+                ratios.append(ratio["median"])
+        summary = _summary(ratios)
+        if summary:
+            low, high, count = summary["min"], summary["max"], summary["rows"]
+            measured = {"median": summary["geomean"], "p25": low, "p75": high, "rounds": count}
+            case = f"{count} layers" + (f", batch {goal['batch']}" if "batch" in goal else "")
+            row = {"threads": run["threads"], "sparsity": goal.get("sparsity")}
+            title = f"{name}, geometric mean (least-most)"
+            found.append(verdict(title, case, row, measured, goal))
+    return found
+
+
+def _summary(ratios: Sequence[float]) -> Json:
     mean = geometric_mean(ratios)
     if mean is None:
         return {}
@@ -121,16 +156,9 @@ def layer_verdicts(data: Json) -> list[Json]:
     """Every requirement of the shapes file with what was measured for it."""
     found, limits = [], data["limits"]
     for run in data["runs"]:
-        summary = peer_summary(run)
         for row in run["rows"]:
-            found += _row_verdicts(row, limits, bool(summary))
-        if "best_peer_geomean" in limits and summary:
-            low, high, count = summary["min"], summary["max"], summary["rows"]
-            measured = {"median": summary["geomean"], "p25": low, "p75": high, "rounds": count}
-            what = "x best peer, geometric mean (least-most)"
-            goal = limits["best_peer_geomean"]
-            case = f"{count} layers and sparsities"
-            found.append(verdict(what, case, {"threads": run["threads"]}, measured, goal))
+            found += _row_verdicts(row, limits)
+        found += mean_verdicts(run, limits)
         tiny = run.get("tiny")
         for kind in ("training", "forward") if tiny else ():
             ratio, goal = tiny.get(f"{kind}_x_dense_time"), {"floor": limits["tiny_overhead"]}

@@ -1,0 +1,61 @@
+"""What the machine itself gives: the ceilings, and how they and the layers grow with threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparsetrain.bench.machine import OtherLoad, environment
+from sparsetrain.bench.processes import command_line, run_child, write_json
+from sparsetrain.bench.tables import environment_lines, markdown, table, threads_name, with_spread
+from sparsetrain.bench.timing import Json, spread
+
+
+def child(request: Json, save: Callable[[Json], None]) -> Json:
+    """Bursts at every level in turn, with the thread count this process was started with."""
+    from sparsetrain.bench.ceilings import LEVELS, Ceilings
+
+    threads = request["threads"]
+    ceilings = Ceilings(threads)
+    values: dict[str, list[float]] = {level: [] for level in LEVELS}
+    with OtherLoad() as load:
+        for _ in range(request["rounds"]):
+            for level in LEVELS:
+                values[level].append(ceilings.gflops(level, cpu_time=threads == 1))
+    return {
+        "threads": threads,
+        "environment": environment(),
+        "other_load_cpus": load.cpus,
+        "ceiling_bytes": ceilings.bytes,
+        "vector_bits": ceilings.vector_bits,
+        "ceilings": {level: spread(each) for level, each in values.items()},
+    }
+
+
+def run(threads: Sequence[int], rounds: int, json: Path | None) -> Json:
+    """The ceilings at every thread count. Raises RuntimeError without a compiler."""
+    from sparsetrain.bench.ceilings import build
+
+    build()  # here, so that a missing compiler is said once and plainly
+    data: Json = {"benchmark": "ceilings", "command": command_line(), "runs": []}
+    for count in threads:
+        request = {"threads": count, "rounds": rounds}
+        data["runs"].append(run_child("sparsetrain.bench.machine_bench", request, count))
+    if json is not None:
+        write_json(json, data)
+    return data
+
+
+def ceilings_report(data: Json) -> str:
+    """The ceilings as Markdown: a row per level, a column per thread count."""
+    runs = data["runs"]
+    rows = []
+    for level, size in runs[0]["ceiling_bytes"].items():
+        cells = [level, f"{size >> 10} KiB" if size else "-"]
+        rows.append(cells + [with_spread(run["ceilings"][level]) for run in runs])
+    header = ["multiply-adds from", "buffer per thread"]
+    header += [f"GF/s, {threads_name(run['threads'])}" for run in runs]
+    loads = ", ".join(f"{run['other_load_cpus']:g}" for run in runs)
+    machine = environment_lines(runs[0]["environment"])
+    machine += f"\n- vectors of {runs[0]['vector_bits']} bits; CPUs kept busy by others: {loads}"
+    return markdown([("Machine", machine), ("Ceilings", table(header, rows))], data["command"])
