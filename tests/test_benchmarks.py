@@ -15,8 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 from sparsetrain.bench import (
+    ceilings,
     contestants,
     memory,
+    model_layers,
     models,
     plots,
     report,
@@ -50,7 +52,7 @@ size = 9
 kernel = 3
 padding = 1
 stride = 2
-batch = 3
+batch = 9
 bias = false
 targets = "loose"
 
@@ -400,3 +402,49 @@ def _with_memory_result(folder: Path, output: Path) -> Path:
 def test_a_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python benchmarks/linear\.py"):
         report.generate(tmp_path, tmp_path / "performance.md")
+
+
+@needs_compiler
+def test_ceilings_are_measured(tmp_path: Path) -> None:
+    result = tmp_path / "ceilings.json"
+    done = bench("ceilings", "--quick", "--threads", "1", "--json", result)
+    assert done.exit_code == 0, done.output
+    (run,) = json.loads(result.read_text())["runs"]
+    assert list(run["ceilings"]) == ["registers", "L1", "L2", "L3", "memory"]
+    assert run["ceilings"]["registers"]["median"] > run["ceilings"]["memory"]["median"] > 0
+    assert "GF/s, 1 thread" in done.stdout
+
+
+def test_without_a_compiler_the_ceilings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings.shutil, "which", lambda _: None)
+    with pytest.raises(RuntimeError, match="no compiler was found: install g"):
+        ceilings._compiler()
+
+
+def test_threads_are_compared_in_one_process(tmp_path: Path) -> None:
+    shapes, result = tmp_path / "shapes.toml", tmp_path / "out.json"
+    shapes.write_text(SHAPES_FILE)
+    done = bench("threads", "--shapes", shapes, "--layers", "conv", "--quick", "--json", result)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(result.read_text())["runs"][0]["rows"]
+    assert row["scaling"]["sparsetrain"]["rounds"] >= 2
+    assert "Time on one thread / time on 2 threads" in done.stdout
+
+
+def test_the_layers_of_a_network_are_read_off_it() -> None:
+    pytest.importorskip("transformers")
+    tables = model_layers.model_layers(["resnet18", "minilm"], [1, 8])
+    layers = [layer_from(table) for table in tables]
+    assert len(layers) == len(set(layers)) == 2 * (12 + 5)
+    assert [layer.batch for layer in layers] == sorted((b.batch for b in layers), reverse=True)
+    strided = [layer for layer in layers if layer.stride == 2 and layer.kernel == 3]
+    assert {(layer.inputs, layer.outputs, layer.size) for layer in strided} == {
+        (64, 128, 56),
+        (128, 256, 28),
+        (256, 512, 14),
+    }
+    assert {(a.inputs, a.outputs, a.tokens) for a in layers if a.name.endswith("(minilm)")} >= {
+        (384, 384, 128),
+        (384, 1536, 128),
+        (1536, 384, 128),
+    }

@@ -88,12 +88,14 @@ def groups(shapes: Json, options: Options) -> list[Json]:
 
 def _request(shapes: Json, options: Options, threads: int, done: set[Any]) -> Json:
     budget = shapes["quick_budget_s"] if options.quick else shapes["budget_s"]
+    limits = shapes.get("limits", {})
+    roofline = threads in limits.get("roofline_threads", [threads])
     todo = [g for g in groups(shapes, options) if _identity(g["layer"], threads) not in done]
     return {
         "groups": todo,
         "targets": shapes.get("targets", {}),
         "sparsities": shapes["sparsities"],
-        "roofline": shapes.get("limits", {}).get("roofline_sparsities", []),
+        "roofline": limits.get("roofline_sparsities", []) if roofline else [],
         "tiny": None if options.scaling_only else shapes.get("tiny"),
         "scaling_only": options.scaling_only,
         "forward": shapes.get("forward", False),
@@ -161,7 +163,7 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
     layer = layer_from(group["layer"])
     settings = Settings(
         threads,
-        request["budget_s"] if layer.batch > 8 else request["budget_s"] / 4,
+        request["budget_s"] / (1 if layer.batch > 8 else 8),
         request["min_rounds"],
         request["turn_s"],
         group["peers"],
@@ -175,7 +177,7 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
     for row in rows:
         row["other_load_cpus"] = load.cpus
         row["targets"] = verdicts.targets_of(layer.targets, row["sparsity"], request)
-    if threads > 1:
+    if threads > 1 and (layer.batch > 8 or request["scaling_only"]):
         names = ("sparsetrain", *PEERS) if request["scaling_only"] else OWN
         for row, scaling in zip(rows, bench.scaling(ceilings, names), strict=True):
             row["scaling"] = scaling
