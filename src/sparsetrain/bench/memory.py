@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,9 +284,11 @@ def run(options: Options) -> Json:
         for table in tables:
             for sparsity in options.sparsities or named:
                 rows.append(account(layer_from(table), sparsity))
+                _say(rows[-1], f"{rows[-1]['total_per_nonzero']:.1f} bytes per nonzero")
         for table in tables[:2] if options.quick else _for_peaks(tables):
             dense, sparse = (_peak(kind, table, options.quick) for kind in ("dense", "sparse"))
             peaks += judged_peaks(dense, sparse, table.get("kind", "linear") == "linear")
+            _say(sparse, f"peak of a step {sparse['x_dense']:.2f} times dense")
     size = 4096 if options.quick else 8192
     resident_request = {"task": "resident", "size": size, "sparsity": 0.9}
     data: Json = {
@@ -301,6 +304,10 @@ def run(options: Options) -> Json:
     if options.json is not None:
         write_json(options.json, data)
     return data
+
+
+def _say(row: Json, what: str) -> None:
+    print(f"{row['layer']}: {what}, {row['verdict']}", file=sys.stderr, flush=True)
 
 
 def _for_peaks(tables: list[Json]) -> list[Json]:
