@@ -135,8 +135,10 @@ def test_resuming_measures_only_what_is_missing(tmp_path: Path) -> None:
     assert bench(*options, "--layers", "conv").exit_code == 0
     first = json.loads(result.read_text())["runs"][0]["rows"]
     assert bench(*options, "--resume").exit_code == 0
-    rows = json.loads(result.read_text())["runs"][0]["rows"]
+    data = json.loads(result.read_text())
+    rows = data["runs"][0]["rows"]
     assert rows[:2] == first
+    assert len(set(data["command"].split("\n"))) == len(data["command"].split("\n"))
     assert [row["layer"] for row in rows] == ["conv", "conv", "32->48", "32->48"]
 
 

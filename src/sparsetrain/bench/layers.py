@@ -18,6 +18,7 @@ from sparsetrain.bench.layer_tables import one_line
 from sparsetrain.bench.machine import OtherLoad, environment
 from sparsetrain.bench.processes import (
     SHAPES,
+    both_commands,
     command_line,
     load_toml,
     read_json,
@@ -227,7 +228,9 @@ def run(options: Options) -> Json:
         "runs": [],
     }
     if options.resume and options.json is not None and options.json.exists():
-        data["runs"] = read_json(options.json)["runs"]
+        earlier_file = read_json(options.json)
+        data["runs"] = earlier_file["runs"]
+        data["command"] = both_commands(earlier_file["command"], data["command"])
     for threads in options.threads:
         earlier = next((r for r in data["runs"] if r["threads"] == threads), None)
         done = {_identity(row, threads) for row in (earlier or {"rows": []})["rows"]}

@@ -27,6 +27,7 @@ from sparsetrain.bench.model_tables import one_line
 from sparsetrain.bench.model_zoo import Network
 from sparsetrain.bench.processes import (
     SHAPES,
+    both_commands,
     command_line,
     load_toml,
     read_json,
@@ -258,7 +259,9 @@ def run(options: Options) -> Json:
     shapes = load_toml(options.shapes or SHAPES / "training.toml")
     data: Json = {"benchmark": "models", "command": command_line(), "limits": {}, "runs": []}
     if options.resume and options.json is not None and options.json.exists():
-        data["runs"] = read_json(options.json)["runs"]
+        earlier_file = read_json(options.json)
+        data["runs"] = earlier_file["runs"]
+        data["command"] = both_commands(earlier_file["command"], data["command"])
     todo = _models(shapes, options)
     for threads in options.threads:
         for item in todo:

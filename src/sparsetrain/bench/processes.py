@@ -92,6 +92,11 @@ def command_line() -> str:
     return " ".join([head, *words])
 
 
+def both_commands(earlier: str, now: str) -> str:
+    """The commands that one result file came from, one a line, none twice."""
+    return "\n".join(dict.fromkeys([*earlier.split("\n"), now]))
+
+
 def main() -> None:
     """The child: python -m sparsetrain.bench.processes MODULE REQUEST RESULT."""
     module, asked, result = sys.argv[1:]
