@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsetrain.ops import linear, linear_backward, linear_grad_input, linear_grad_values
+from sparsetrain._planner import DIRECTIONS, Choice
+from sparsetrain.ops import (
+    PLANNER,
+    linear,
+    linear_backward,
+    linear_grad_input,
+    linear_grad_values,
+)
 from sparsetrain.pattern import SparsePattern
 from sparsetrain.reference import row_indices, scatter
 
@@ -256,3 +263,25 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch.use_deterministic_algorithms for the length of a block."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+LINEAR_FAMILIES = ("native", "dense")
+
+
+@contextmanager
+def linear_by(*families: str) -> Iterator[None]:
+    """Inside, linear layers are computed by these families: one, or one for each direction."""
+    by = dict(zip(DIRECTIONS, families * 3 if len(families) == 1 else families, strict=False))
+    with PLANNER.choosing(lambda direction, *_: Choice(by[direction], "forced by a test")):
+        yield

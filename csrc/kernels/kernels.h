@@ -127,6 +127,19 @@ struct ConvBackward {
   Parallel parallel;
 };
 
+// Rows [first, last) of the dense weight and the values at the pattern. `weight` begins with row
+// `first`: (last - first, pattern.cols), contiguous; values: (nnz), all of the pattern.
+// values_to_dense writes the weight in full, zeros included; it takes values of the weight's dtype,
+// and bf16 values for an f32 weight. dense_to_values writes the values of these rows; dtypes alike.
+struct DenseRows {
+  DType values_dtype, weight_dtype;
+  const Plan* plan;
+  int64_t first, last;
+  void* values;  // values_to_dense only reads
+  void* weight;  // dense_to_values only reads
+  Parallel parallel;
+};
+
 // One row per instruction set; all rows give results that differ by rounding only.
 struct KernelTable {
   const char* isa;
@@ -135,6 +148,8 @@ struct KernelTable {
   void (*linear_backward)(const LinearBackward&);
   void (*conv_forward)(const ConvForward&);
   void (*conv_backward)(const ConvBackward&);
+  void (*values_to_dense)(const DenseRows&);
+  void (*dense_to_values)(const DenseRows&);
 };
 
 // Best first; the last one is supported everywhere. A null pointer ends the list.

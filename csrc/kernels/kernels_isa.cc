@@ -1,6 +1,7 @@
 // Compiled once per instruction set, each time with other flags and another SPARSETRAIN_ISA_NAME.
 // Everything but the table is in anonymous namespaces: no symbol may be shared between sets.
 #include "conv-inl.h"
+#include "dense-inl.h"
 #include "linear-inl.h"
 
 #define ST_CAT_(a, b) a##b
@@ -39,6 +40,8 @@ extern const KernelTable ST_CAT(kTable_, SPARSETRAIN_ISA_NAME) = {ST_STRING(SPAR
                                                                   linear_forward_any,
                                                                   linear_backward_any,
                                                                   conv_forward_any,
-                                                                  conv_backward_any};
+                                                                  conv_backward_any,
+                                                                  values_to_dense_any,
+                                                                  dense_to_values_any};
 
 }  // namespace sparsetrain

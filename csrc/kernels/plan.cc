@@ -140,6 +140,21 @@ void Plan::build_transposed() const {
   side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1 + (tindex32_ ? p.nnz : 0));
 }
 
+const uint8_t* Plan::bits() const {
+  std::call_once(bits_once_, [this] { build_bits(); });
+  return bits_.get();
+}
+
+void Plan::build_bits() const {
+  const Pattern& p = pattern_;
+  const int64_t stride = (p.cols + 7) / 8;
+  bits_.reset(new uint8_t[p.rows * stride]());
+  for (int64_t r = 0; r < p.rows; r++)
+    for (int32_t k = p.crow[r]; k < p.crow[r + 1]; k++)
+      bits_[r * stride + p.col[k] / 8] |= static_cast<uint8_t>(1 << p.col[k] % 8);
+  side_bytes_ += p.rows * stride;
+}
+
 size_t Plan::bytes() const {
   size_t bytes = sizeof(Plan) + side_bytes_;
   for (ConvSlot& slot : conv_slots_) {

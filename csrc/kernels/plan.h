@@ -55,6 +55,9 @@ class Plan {
   const Pattern& pattern() const { return pattern_; }
   const Side& forward() const;     // built by the first call, from any thread
   const Side& transposed() const;  // likewise
+  // rows x ceil(cols / 8): bit c % 8 of byte c / 8 says whether a row has a nonzero in column c.
+  // Built by the first call, from any thread.
+  const uint8_t* bits() const;
   double density() const;
   size_t bytes() const;  // of what is built; from any thread
 
@@ -68,6 +71,7 @@ class Plan {
  private:
   void build_forward() const;
   void build_transposed() const;
+  void build_bits() const;
 
   Pattern pattern_;
   mutable std::once_flag forward_once_;
@@ -76,6 +80,8 @@ class Plan {
   mutable std::once_flag transposed_once_;
   mutable Side transposed_;
   mutable std::unique_ptr<int32_t[]> trow_begin_, tindex32_;
+  mutable std::once_flag bits_once_;
+  mutable std::unique_ptr<uint8_t[]> bits_;
   mutable std::atomic<size_t> side_bytes_{0};  // each side adds its own once it is built
 };
 

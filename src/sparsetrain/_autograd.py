@@ -38,6 +38,7 @@ def direct(op: Callable[..., _Out]) -> Callable[..., _Out]:
 
 def functions(
     op: Callable[..., _Out],
+    call: Callable[..., _Out],
     keep: Callable[..., tuple[Tensor | None, ...]],
     backward: Callable[..., Grads],
     jvp: Callable[..., Any],
@@ -45,7 +46,8 @@ def functions(
     """Registers the derivatives of `op` and wraps them into the two kinds of autograd.Function.
 
     Args:
-        op: the native operation.
+        op: the registered operation.
+        call: what computes it where nothing has to be traced.
         keep: (ctx, inputs, needs_input_grad) -> the tensors that `backward` needs for these
             gradients, None in the place of each that it does not; numbers go into `ctx`.
         backward: (ctx, *grads of the outputs) -> one gradient or None per input.
@@ -58,8 +60,6 @@ def functions(
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*keep(ctx, inputs, ctx.needs_input_grad))
-
-    call = direct(op)
 
     class Fast(torch.autograd.Function):
         @staticmethod

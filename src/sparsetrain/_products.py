@@ -142,15 +142,18 @@ class Family:
         backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
         shapes: Shapes,
         products: Products | None = None,
+        calls: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
-        """`products` is asked for the derivatives: this family itself where None."""
+        """`products` is asked for the derivatives: this family itself where None. `calls` are the
+        four functions to call where nothing has to be traced: the operations where None."""
         products = products or self
-        self.forward = _Operation(_Forward(forward, shapes, products))
-        self.grad_input = _Operation(_GradInput(grad_input, shapes, products))
-        self.grad_values = _Operation(_GradValues(grad_values, shapes, products))
+        calls = calls or [direct(op) for op in (forward, grad_input, grad_values, backward)]
+        self.forward = _Operation(_Forward(forward, shapes, products), calls[0])
+        self.grad_input = _Operation(_GradInput(grad_input, shapes, products), calls[1])
+        self.grad_values = _Operation(_GradValues(grad_values, shapes, products), calls[2])
         self._backward = _Backward(backward, shapes, products)
         self._backward_op = backward
-        self._backward_direct = direct(backward)
+        self._backward_direct: Callable[..., tuple[Tensor, Tensor, Tensor]] = calls[3]
         torch.library.register_autograd(
             backward,  # type: ignore[arg-type]
             self._backward.backward,
@@ -217,11 +220,13 @@ class _Operation(Generic[_Out]):
     torch.compile, torch.export          the registered operation, with its registered derivatives
     """
 
-    def __init__(self, rules: _Rules[_Out]) -> None:
+    def __init__(self, rules: _Rules[_Out], call: Callable[..., _Out]) -> None:
         self.op = rules.op
         self.differentiable = rules.differentiable
-        self.direct = direct(rules.op)
-        self.fast, self.transformable = functions(rules.op, rules.keep, rules.backward, rules.jvp)
+        self.direct = call
+        self.fast, self.transformable = functions(
+            rules.op, call, rules.keep, rules.backward, rules.jvp
+        )
 
     def __call__(self, *inputs: Any) -> _Out:
         if transforming():

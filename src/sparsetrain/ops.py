@@ -30,7 +30,9 @@ from torch import Tensor
 
 from sparsetrain import _native  # noqa: F401  (loads the library that defines the operations)
 from sparsetrain._arguments import DTYPES, autocast, check
-from sparsetrain._products import Family
+from sparsetrain._define import registered
+from sparsetrain._linear_choice import LinearProblem, choose
+from sparsetrain._planner import Choice, Direction, Planner
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
@@ -56,13 +58,39 @@ class _Shapes:
         return size  # the width of the input, whatever the batch
 
 
-_PRODUCTS = Family(
-    torch.ops.sparsetrain.linear.default,
-    torch.ops.sparsetrain.linear_grad_input.default,
-    torch.ops.sparsetrain.linear_grad_values.default,
-    torch.ops.sparsetrain.linear_backward.default,
-    shapes=_Shapes(),
+def _choose(
+    direction: Direction,
+    x_shape: Sequence[int],
+    rows: int,
+    nnz: int,
+    dtype: torch.dtype,
+    threads: int,
+    deterministic: bool,
+    geometry: tuple[Any, ...],
+) -> Choice:
+    if len(x_shape) != 2:
+        return Choice("native", "to raise the error")
+    batch, cols = x_shape
+    return choose(direction, LinearProblem(batch, cols, rows, nnz, dtype, threads, deterministic))
+
+
+_PATTERN = "Tensor crow, Tensor col, Tensor key"
+_SCHEMAS = {
+    "": f"(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+    "_grad_input": f"(Tensor grad, Tensor values, {_PATTERN}, int in_features) -> Tensor",
+    "_grad_values": f"(Tensor grad, Tensor x, {_PATTERN}, bool bias) -> (Tensor, Tensor)",
+    "_backward": f"(Tensor grad, Tensor x, Tensor values, {_PATTERN}, bool bias)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+
+PLANNER = Planner(
+    "linear",
+    _SCHEMAS,
+    {"native": registered("linear", _SCHEMAS), "dense": registered("linear_dense", _SCHEMAS)},
+    _Shapes(),
+    _choose,
 )
+_PRODUCTS = PLANNER.products
 
 
 def linear(

@@ -1,0 +1,164 @@
+"""Which family computes which product of a linear layer.
+
+A pure function of plain numbers. It compares two estimates, each linear in what the work consists
+of, whose coefficients were fitted to measurements. With B samples, I inputs, O outputs, N nonzeros,
+L elements per vector, V = ceil(B / L) vectors of samples and T = ceil(V / 4) tiles:
+
+    native     start + products N V + visits N T + sums R T + activations B (I + O) + gathered N
+    dense      start + products I O B / L + weight I O + activations B (I + O)
+               and, unless every weight is a nonzero, panels + converted I O
+
+R is O, or I for grad_input. Everything but the start and the panels is divided among the threads.
+`gathered` is the transposition of the values, which grad_input alone needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from sparsetrain import _native
+from sparsetrain._planner import DIRECTIONS, Choice, Direction
+
+__all__ = ["LinearProblem", "choose", "costs", "explain"]
+
+
+class LinearProblem(NamedTuple):
+    """One layer on one input."""
+
+    batch: int
+    in_features: int
+    out_features: int
+    nnz: int
+    dtype: torch.dtype
+    threads: int = 1
+    deterministic: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the dense layer."""
+        return self.in_features * self.out_features
+
+
+class _Native(NamedTuple):  # nanoseconds per unit, see above
+    start: float
+    products: float
+    visits: float
+    sums: float
+    activations: float
+    gathered: float
+
+
+class _Dense(NamedTuple):
+    start: float
+    products: float
+    weight: float
+    converted: float
+    activations: float
+    panels: float
+
+
+# Fitted to six layers, 64 -> 64 to 3072 -> 768, at batches 1 to 2048, sparsities 0 to 99 %, one
+# thread and two, of a CPU with AVX2 (Zen 3): the faster one is chosen to within 1.2 % of the time
+# (geometric mean). Products and visits are a few cycles for a whole vector, so they hold for wider
+# ones: what changes with the instruction set is L.
+_NATIVE = {
+    "forward": _Native(14000, 0.14, 1.06, 17, 0.58, 0),
+    "grad_input": _Native(16000, 0.38, 0.06, 21, 0.65, 3.4),
+    "grad_values": _Native(17000, 0.06, 1.58, 15, 0.90, 0),
+}
+_DENSE = {
+    "forward": _Dense(25000, 0.22, 0.36, 0.09, 0.06, 1100),
+    "grad_input": _Dense(19000, 0.22, 0.42, 0.002, 0.07, 2600),
+    "grad_values": _Dense(34000, 0.22, 0.39, 0.11, 0.04, 3000),
+}
+# The part of each further thread that counts.
+_NATIVE_SHARE, _DENSE_SHARE = 0.9, 0.5
+# Of the library's product with the CPU's own bfloat16 instructions, in float32's time.
+_OWN_BFLOAT16 = 0.4
+_VECTOR_BYTES = {"avx512": 64, "avx2": 32}
+
+
+@functools.cache
+def _lanes() -> tuple[int, int]:
+    """float32 elements of a vector: of the kernels in use, and of the CPU's widest."""
+    facts = _native.info()
+    isas = (facts["isa"], facts["isas_available"][0])
+    own, best = (_VECTOR_BYTES.get(isa, 16) // 4 for isa in isas)
+    return own, best
+
+
+@functools.cache
+def _library_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def costs(direction: Direction, problem: LinearProblem) -> dict[str, float]:
+    """Estimated nanoseconds by family."""
+    batch, inputs, outputs, nnz, dtype, threads, _ = problem
+    lanes, widest = _lanes()
+    if dtype is torch.float64:
+        lanes, widest = max(lanes // 2, 1), max(widest // 2, 1)
+    vectors = -(-batch // lanes)
+    tiles = -(-vectors // 4)
+    moved = batch * (inputs + outputs)
+    sums = inputs if direction == "grad_input" else outputs
+    n, d = _NATIVE[direction], _DENSE[direction]
+    work = n.products * nnz * vectors + n.visits * nnz * tiles + n.gathered * nnz
+    work += n.sums * sums * tiles + n.activations * moved
+    native = n.start + work / (1 + _NATIVE_SHARE * (threads - 1))
+    product = d.products * problem.weights * batch / widest
+    if dtype is torch.bfloat16 and _library_has_bfloat16():
+        product *= _OWN_BFLOAT16
+    full = nnz == problem.weights
+    work = product + d.activations * moved
+    work += (d.weight + (0 if full else d.converted)) * problem.weights
+    dense = d.start + (0 if full else d.panels) + work / (1 + _DENSE_SHARE * (threads - 1))
+    return {"native": native, "dense": dense}
+
+
+def choose(direction: Direction, problem: LinearProblem) -> Choice:
+    """The implementation for one product; the first line that applies counts.
+
+    | when                                                          | family |
+    |---------------------------------------------------------------|--------|
+    | torch.use_deterministic_algorithms(True)                      | native |
+    | the estimate for dense is below that for native               | dense  |
+    | otherwise                                                     | native |
+
+    On the CPU the estimates were fitted on, for float32 and one thread, that is dense up to these
+    sparsities in % (forward / grad_input / grad_values):
+
+    | layer       | batch 1           | batch 8           | batch 32          | batch 2048        |
+    |-------------|-------------------|-------------------|-------------------|-------------------|
+    | 64 -> 64    | 0 / 62 / 0        | 0 / 60 / 0        | 0 / 65 / 0        | 91 / 100 / 100    |
+    | 384 -> 384  | 57 / 89 / 62      | 43 / 84 / 52      | 21 / 76 / 27      | 53 / 55 / 61      |
+    | 384 -> 1536 | 62 / 88 / 68      | 47 / 84 / 58      | 23 / 75 / 29      | 51 / 50 / 58      |
+    | 768 -> 3072 | 62 / 88 / 68      | 46 / 84 / 57      | 21 / 74 / 27      | 48 / 48 / 55      |
+    | 3072 -> 768 | 60 / 89 / 68      | 45 / 84 / 56      | 20 / 75 / 26      | 47 / 49 / 54      |
+
+    The native kernels alone give the same bits for any number of threads.
+    """
+    if problem.deterministic:
+        return Choice("native", "deterministic algorithms are asked for")
+    estimates = costs(direction, problem)
+    native, dense = estimates["native"], estimates["dense"]
+    if dense < native:
+        return Choice("dense", f"estimated {native / dense:.2f} times as fast as native")
+    return Choice("native", f"estimated {dense / native:.2f} times as fast as dense")
+
+
+def explain(problem: LinearProblem) -> str:
+    """What is chosen for each product, and why: one line each."""
+    batch, inputs, outputs, nnz, dtype, threads, _ = problem
+    density = nnz / problem.weights if problem.weights else 0.0
+    lines = [
+        f"({batch}, {inputs}) -> ({batch}, {outputs}), {nnz} of {problem.weights} weights "
+        f"({density:.1%}), {dtype}, {threads} threads"
+    ]
+    for direction in DIRECTIONS:
+        choice = choose(direction, problem)
+        lines.append(f"{direction:12} {choice.family:9} {choice.reason}")
+    return "\n".join(lines)

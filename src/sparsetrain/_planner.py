@@ -1,0 +1,207 @@
+"""Execution plans: which family computes which product of a layer, decided once per geometry.
+
+How a layer is computed is not what it is: a plan names, for each direction on its own, one of the
+families of its kind of layer (`_products.Family`). It depends on shapes, number of nonzeros, dtype
+and threads, and is kept under these, so that a call costs one look-up in a dict. The order of
+authority: torch.use_deterministic_algorithms(True) leaves the native families only; then what
+`sparsetrain.tune` measured on this machine; then the cost model.
+
+The choice is made when the product is computed, also in a compiled or exported graph: it holds the
+operations `*_planned`, which ask for the plan of the sizes that they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetrain._autograd import direct
+from sparsetrain._define import Operations, define
+from sparsetrain._products import Family, Shapes
+
+__all__ = ["DIRECTIONS", "Choice", "Direction", "Planner"]
+
+Direction = Literal["forward", "grad_input", "grad_values"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
+
+_PLANS_KEPT = 4096  # a topology that changes its number of nonzeros leaves old ones behind
+
+_get_num_threads = torch.get_num_threads
+_are_deterministic = torch.are_deterministic_algorithms_enabled
+
+
+class Choice(NamedTuple):
+    """What computes one product: a family, why, and which of its variants (0: its own choice)."""
+
+    family: str
+    reason: str
+    variant: int = 0
+
+
+class _Plan(NamedTuple):
+    """The four functions that compute one layer on one geometry."""
+
+    forward: Callable[..., Tensor]
+    grad_input: Callable[..., Tensor]
+    grad_values: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+# (direction, x's shape, rows, nonzeros, dtype, threads, deterministic, geometry) -> Choice
+Chooser = Callable[..., Choice]
+
+
+class Planner:
+    """The products of one kind of layer, each by the family that its plan names.
+
+    Attributes:
+        families: name to operations, those of `Family`.
+        choose: see `Chooser`.
+        products: the planned family; differentiable.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schemas: Mapping[str, str],
+        families: Mapping[str, Operations],
+        shapes: Shapes,
+        choose: Chooser,
+    ) -> None:
+        """Registers the operations `name`_planned and the derivatives of all families."""
+        self.families = dict(families)
+        self.choose = choose
+        self._shapes = shapes
+        self._plans: dict[Any, _Plan] = {}
+        calls = (self._forward, self._grad_input, self._grad_values, self._backward)
+        named = {f"{suffix}_planned": schema for suffix, schema in schemas.items()}
+        self._ops = define(name, named, *calls)
+        self.products = Family(*self._ops, shapes=shapes, calls=calls)
+        for operations in families.values():
+            Family(*operations, shapes=shapes, products=self.products)
+
+    @contextmanager
+    def choosing(self, choose: Chooser) -> Iterator[None]:
+        """Inside, `choose` decides: for tests and measurements. Not for several threads at once."""
+        before, self.choose = self.choose, choose
+        self.forget()
+        try:
+            yield
+        finally:
+            self.choose = before
+            self.forget()
+
+    def forget(self) -> None:
+        """Plans are made anew, as after a change of what is known about this machine."""
+        self._plans = {}
+
+    def _plan(
+        self, x_shape: Sequence[int], like: Tensor, crow: Tensor, col: Tensor, geometry: Any
+    ) -> _Plan | None:
+        """None while tracing with symbolic sizes, which are no keys."""
+        sizes = (x_shape, crow.size(0), col.size(0), like.dtype)
+        key = (sizes, geometry, _get_num_threads(), _are_deterministic())
+        try:
+            plan = self._plans.get(key)
+        except TypeError:  # lists, as the dispatcher passes them, or symbolic sizes
+            sizes = (tuple(x_shape), *sizes[1:])
+            geometry = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
+            key = (sizes, geometry, *key[2:])
+            try:
+                plan = self._plans.get(key)
+            except TypeError:
+                return None
+        return plan or self._made(key)
+
+    def _made(self, key: Any) -> _Plan:
+        (x_shape, crow_size, nnz, dtype), geometry, threads, deterministic = key
+        choices = [
+            self.choose(
+                direction, x_shape, crow_size - 1, nnz, dtype, threads, deterministic, geometry
+            )
+            for direction in DIRECTIONS
+        ]
+        forward, grad_input, grad_values = (
+            direct(self.families[choice.family][i]) for i, choice in enumerate(choices)
+        )
+        if choices[1].family == choices[2].family:
+            backward = direct(self.families[choices[1].family][3])
+        else:
+            backward = self._one_by_one(grad_input, grad_values)
+        if len(self._plans) >= _PLANS_KEPT:
+            self._plans = {}
+        plan = self._plans[key] = _Plan(forward, grad_input, grad_values, backward)
+        return plan
+
+    def _one_by_one(
+        self, grad_input: Callable[..., Tensor], grad_values: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def backward(grad: Tensor, x: Tensor, values: Tensor, *rest: Any) -> Any:
+            crow, col, key, *geometry, _ = rest
+            size = self._shapes.size(x.shape)
+            dx = grad_input(grad, values, crow, col, key, size, *geometry)
+            return dx, *grad_values(grad, x, *rest)
+
+        return backward
+
+    # The four products, as _products.Products describes them. A wrong number of dimensions is for
+    # the native operation to refuse.
+
+    def _forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *geometry: Any,
+    ) -> Tensor:
+        plan = self._plan(x.shape, x, crow, col, geometry)
+        call = self._ops[0] if plan is None else plan.forward
+        return call(x, values, bias, crow, col, key, *geometry)
+
+    def _grad_input(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        size: Any,
+        *geometry: Any,
+    ) -> Tensor:
+        plan = self._plan(self._shapes.input(grad.shape, size), grad, crow, col, geometry)
+        call = self._ops[1] if plan is None else plan.grad_input
+        return call(grad, values, crow, col, key, size, *geometry)
+
+    def _grad_values(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *geometry_and_bias: Any,
+    ) -> tuple[Tensor, Tensor]:
+        plan = self._plan(x.shape, x, crow, col, geometry_and_bias[:-1])
+        call = self._ops[2] if plan is None else plan.grad_values
+        return call(grad, x, crow, col, key, *geometry_and_bias)
+
+    def _backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        values: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *geometry_and_bias: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        plan = self._plan(x.shape, x, crow, col, geometry_and_bias[:-1])
+        call = self._ops[3] if plan is None else plan.backward
+        return call(grad, x, values, crow, col, key, *geometry_and_bias)
