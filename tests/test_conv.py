@@ -25,7 +25,9 @@ from conv_cases import (
     setting,
 )
 from helpers import BOUND, DTYPES, MASKS, CountOps, error_in_bounds, generator, threads
-from sparsetrain._conv_choice import DIRECTIONS, Problem, choose, explain
+from sparsetrain import conv_ops
+from sparsetrain._conv_choice import Problem, choose, explain
+from sparsetrain._planner import DIRECTIONS, Choice
 from sparsetrain.conv_ops import sparse_conv
 from sparsetrain.pattern import SparsePattern
 
@@ -300,18 +302,13 @@ def test_gradients_of_every_order(what: Setting, way: str) -> None:
         assert torch.autograd.gradcheck(case.sparse, case.leaves[:2])
 
 
-def test_a_mixture_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain import conv_ops
-    from sparsetrain._conv_choice import Choice
-
+def test_a_mixture_of_implementations() -> None:
     for families in itertools.product(["native", "dense"], repeat=3):
-        by_direction = dict(zip(["forward", "grad_input", "grad_values"], families, strict=True))
-        monkeypatch.setattr(
-            conv_ops, "choose", lambda direction, _, by=by_direction: Choice(by[direction], "")
-        )
-        check_case(make_case(SETTINGS["3x3"], 3))
-        case = make_case(SMALL, 1, torch.float64, 0.6).require_grad()
-        assert torch.autograd.gradgradcheck(case.sparse, case.leaves)
+        by = dict(zip(DIRECTIONS, families, strict=True))
+        with conv_ops.PLANNER.choosing(lambda direction, *_, by=by: Choice(by[direction], "")):
+            check_case(make_case(SETTINGS["3x3"], 3))
+            case = make_case(SMALL, 1, torch.float64, 0.6).require_grad()
+            assert torch.autograd.gradgradcheck(case.sparse, case.leaves)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
 from sparsetrain.pattern import SparsePattern
+from sparsetrain.tune import Plans, load_plans, tune
 
 try:
     __version__ = _metadata.version("sparsetrain")
@@ -15,8 +16,10 @@ except _metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Plans",
     "SparsePattern",
     "__version__",
+    "load_plans",
     "load_state_dict",
     "nn",
     "sparse_conv",
@@ -24,4 +27,5 @@ __all__ = [
     "sparsify",
     "to_dense",
     "to_sparse",
+    "tune",
 ]

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sparsetrain._conv_shapes import output_size
+from sparsetrain._planner import DIRECTIONS, Choice, Direction
 
-__all__ = ["DIRECTIONS", "Choice", "Direction", "Problem", "choose", "explain"]
-
-Direction = Literal["forward", "grad_input", "grad_values"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
+__all__ = ["Problem", "choose", "explain"]
 
 
 class Problem(NamedTuple):
@@ -32,6 +30,7 @@ class Problem(NamedTuple):
     groups: int
     dtype: torch.dtype
     deterministic: bool = False  # torch.are_deterministic_algorithms_enabled()
+    threads: int = 1
 
     @property
     def weights(self) -> int:
@@ -42,14 +41,6 @@ class Problem(NamedTuple):
     @property
     def density(self) -> float:
         return self.nnz / self.weights if self.weights else 0.0
-
-
-class Choice(NamedTuple):
-    """`family`: "native" (kernels over NCHW), "unfolded" (the native kernels on depth slices laid
-    side by side as channels) or "dense" (values written into a dense weight, library product)."""
-
-    family: str
-    reason: str
 
 
 _SPARSE = {

@@ -21,26 +21,16 @@ from sparsetrain._conv_define import define
 __all__ = ["DENSE"]
 
 
-def _positions(crow: Tensor, col: Tensor, shape: Sequence[int]) -> Tensor:
-    """Each nonzero's place in the flattened weight of `shape`: int64 (nnz,)."""
-    cols = math.prod(shape[1:])
-    fault, where = torch.ops.sparsetrain.check_pattern(crow, col, cols)
-    if fault:
-        raise RuntimeError(f"crow and col are no valid pattern: fault {fault} at {where}")
-    starts = torch.arange(crow.shape[0] - 1).mul_(cols)
-    return torch.repeat_interleave(starts, crow.diff(), output_size=col.shape[0]).add_(col)
-
-
 def _weight_shape(crow: Tensor, channels: int, window: tuple[Any, ...]) -> list[int]:
     kernel_size, *_, groups = window
     return [crow.shape[0] - 1, channels // groups, *kernel_size]
 
 
-def _weight(values: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
-    """The dense weight of `shape` (O, C / groups, *kernel)."""
-    if values.shape != positions.shape:
-        raise RuntimeError(f"values has {values.numel()} entries, expected {positions.numel()}")
-    return values.new_zeros(math.prod(shape)).scatter_(0, positions, values).view(shape)
+def _weight(values: Tensor, crow: Tensor, col: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dense weight of `shape` (O, C / groups, *kernel), in the dtype that `_wide` gives."""
+    cols = math.prod(shape[1:])
+    weight: Tensor = torch.ops.sparsetrain.densify(values, crow, col, key, cols)
+    return weight.view(shape)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -60,12 +50,12 @@ def _forward(
     *window: Any,
 ) -> Tensor:
     shape = _weight_shape(crow, x.shape[1], window)
-    weight = _weight(values, _positions(crow, col, shape), shape)
+    weight = _weight(values, crow, col, key, shape)
     _, stride, padding, dilation, groups = window
     bias = None if bias is None else _wide(bias)
     zero = [0] * len(stride)
     y: Tensor = torch.ops.aten.convolution(
-        _wide(x), _wide(weight), bias, stride, padding, dilation, False, zero, groups
+        _wide(x), weight, bias, stride, padding, dilation, False, zero, groups
     )
     return y.to(x.dtype).contiguous()
 
@@ -82,7 +72,7 @@ def _library_backward(
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         _wide(grad),
         _wide(x),
-        _wide(weight),
+        weight,
         [grad.shape[1]],
         stride,
         padding,
@@ -105,7 +95,7 @@ def _grad_input(
     *window: Any,
 ) -> Tensor:
     shape = _weight_shape(crow, input_size[1], window)
-    weight = _weight(values, _positions(crow, col, shape), shape)
+    weight = _weight(values, crow, col, key, shape)
     x = grad.new_empty(input_size)  # only its shape counts
     dx = _library_backward(grad, x, weight, window, (True, False, False))[0]
     return dx.to(grad.dtype).contiguous()
@@ -116,9 +106,9 @@ def _grad_values(
 ) -> tuple[Tensor, Tensor]:
     *window, bias = window_and_bias
     shape = _weight_shape(crow, x.shape[1], tuple(window))
-    weight = grad.new_empty(shape)  # only its shape counts
+    weight = _wide(grad.new_empty(shape))  # only its shape counts
     _, dweight, dbias = _library_backward(grad, x, weight, tuple(window), (False, True, bias))
-    return _read_back(grad, dweight, dbias, _positions(crow, col, shape), bias)
+    return _read_back(grad, dweight, dbias, crow, col, key, bias)
 
 
 def _backward(
@@ -132,18 +122,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *window, bias = window_and_bias
     shape = _weight_shape(crow, x.shape[1], tuple(window))
-    positions = _positions(crow, col, shape)
-    weight = _weight(values, positions, shape)
+    weight = _weight(values, crow, col, key, shape)
     dx, dweight, dbias = _library_backward(grad, x, weight, tuple(window), (True, True, bias))
-    return dx.to(grad.dtype).contiguous(), *_read_back(grad, dweight, dbias, positions, bias)
+    return dx.to(grad.dtype).contiguous(), *_read_back(grad, dweight, dbias, crow, col, key, bias)
 
 
 def _read_back(
-    grad: Tensor, dweight: Tensor, dbias: Tensor, positions: Tensor, bias: bool
+    grad: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    key: Tensor,
+    bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient at the nonzeros, (nnz,), and that of the bias, (O,) or (0,)."""
-    dvalues = dweight.reshape(-1).index_select(0, positions).to(grad.dtype)
-    return dvalues, dbias.to(grad.dtype) if bias else grad.new_empty(0)
+    dvalues = torch.ops.sparsetrain.read_nonzeros(dweight.flatten(1), crow, col, key)
+    return dvalues.to(grad.dtype), dbias.to(grad.dtype) if bias else grad.new_empty(0)
 
 
 DENSE = define("conv_dense", _forward, _grad_input, _grad_values, _backward)

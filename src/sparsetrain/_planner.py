@@ -19,11 +19,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsetrain import _plan_store
 from sparsetrain._autograd import direct
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
 
-__all__ = ["DIRECTIONS", "Choice", "Direction", "Planner"]
+__all__ = ["DIRECTIONS", "Choice", "Direction", "Planner", "Problem"]
 
 Direction = Literal["forward", "grad_input", "grad_values"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
@@ -53,14 +54,32 @@ class _Plan(NamedTuple):
 
 # (direction, x's shape, rows, nonzeros, dtype, threads, deterministic, geometry) -> Choice
 Chooser = Callable[..., Choice]
+# (planner, problem, (crow, col, key)) -> None
+Observer = Callable[["Planner", "Problem", tuple[Tensor, Tensor, Tensor]], None]
+
+
+class Problem(NamedTuple):
+    """One layer on one input, as a `Chooser` is told."""
+
+    x_shape: tuple[int, ...]
+    rows: int
+    nnz: int
+    dtype: torch.dtype
+    threads: int
+    deterministic: bool
+    geometry: tuple[Any, ...]
 
 
 class Planner:
     """The products of one kind of layer, each by the family that its plan names.
 
     Attributes:
+        name: the kind of layer.
         families: name to operations, those of `Family`.
-        choose: see `Chooser`.
+        estimate: what the cost model chooses.
+        choose: what decides: a measurement if there is one, or else the estimate.
+        shapes: of this kind of layer.
+        observer: called with every forward product's problem and pattern, if there is one.
         products: the planned family; differentiable.
     """
 
@@ -73,9 +92,12 @@ class Planner:
         choose: Chooser,
     ) -> None:
         """Registers the operations `name`_planned and the derivatives of all families."""
+        self.name = name
         self.families = dict(families)
-        self.choose = choose
-        self._shapes = shapes
+        self.estimate = choose
+        self.choose: Chooser = self._measured_or_estimated
+        self.observer: Observer | None = None
+        self.shapes = shapes
         self._plans: dict[Any, _Plan] = {}
         calls = (self._forward, self._grad_input, self._grad_values, self._backward)
         named = {f"{suffix}_planned": schema for suffix, schema in schemas.items()}
@@ -107,7 +129,7 @@ class Planner:
         key = (sizes, geometry, _get_num_threads(), _are_deterministic())
         try:
             plan = self._plans.get(key)
-        except TypeError:  # lists, as the dispatcher passes them, or symbolic sizes
+        except TypeError:  # lists, as the dispatcher gives them, or symbolic sizes
             sizes = (tuple(x_shape), *sizes[1:])
             geometry = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
             key = (sizes, geometry, *key[2:])
@@ -118,13 +140,7 @@ class Planner:
         return plan or self._made(key)
 
     def _made(self, key: Any) -> _Plan:
-        (x_shape, crow_size, nnz, dtype), geometry, threads, deterministic = key
-        choices = [
-            self.choose(
-                direction, x_shape, crow_size - 1, nnz, dtype, threads, deterministic, geometry
-            )
-            for direction in DIRECTIONS
-        ]
+        choices = [self.choose(direction, *self._problem(key)) for direction in DIRECTIONS]
         forward, grad_input, grad_values = (
             direct(self.families[choice.family][i]) for i, choice in enumerate(choices)
         )
@@ -137,16 +153,48 @@ class Planner:
         plan = self._plans[key] = _Plan(forward, grad_input, grad_values, backward)
         return plan
 
+    @staticmethod
+    def _problem(key: Any) -> Problem:
+        (x_shape, crow_size, nnz, dtype), geometry, threads, deterministic = key
+        return Problem(
+            tuple(x_shape), crow_size - 1, nnz, dtype, threads, deterministic, tuple(geometry)
+        )
+
+    def store_key(self, direction: Direction, problem: Problem) -> str:
+        """Under which a measurement of this product is kept."""
+        x_shape, rows, nnz, dtype, threads, _, geometry = problem
+        weights = rows * self.shapes.columns(x_shape, geometry)
+        return _plan_store.key_of(
+            self.name, direction, x_shape, rows, nnz, weights, dtype, threads, geometry
+        )
+
+    def _measured_or_estimated(self, direction: Direction, *problem: Any) -> Choice:
+        estimated = self.estimate(direction, *problem)
+        facts = Problem(*problem)
+        if facts.deterministic:
+            return estimated
+        entry = _plan_store.find(self.store_key(direction, facts))
+        if entry is None or entry.family not in self.families:
+            return estimated
+        return Choice(entry.family, "measured", entry.variant)
+
     def _one_by_one(
         self, grad_input: Callable[..., Tensor], grad_values: Callable[..., tuple[Tensor, Tensor]]
     ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def backward(grad: Tensor, x: Tensor, values: Tensor, *rest: Any) -> Any:
             crow, col, key, *geometry, _ = rest
-            size = self._shapes.size(x.shape)
+            size = self.shapes.size(x.shape)
             dx = grad_input(grad, values, crow, col, key, size, *geometry)
             return dx, *grad_values(grad, x, *rest)
 
         return backward
+
+    def _observed(self, x: Tensor, crow: Tensor, col: Tensor, key: Tensor, geometry: Any) -> None:
+        geometry = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
+        sizes = (x.shape, crow.size(0), col.size(0), x.dtype)
+        problem = self._problem((sizes, geometry, _get_num_threads(), False))
+        if self.observer is not None:
+            self.observer(self, problem, (crow, col, key))
 
     # The four products, as _products.Products describes them. A wrong number of dimensions is for
     # the native operation to refuse.
@@ -162,6 +210,8 @@ class Planner:
         *geometry: Any,
     ) -> Tensor:
         plan = self._plan(x.shape, x, crow, col, geometry)
+        if self.observer is not None and plan is not None:
+            self._observed(x, crow, col, key, geometry)
         call = self._ops[0] if plan is None else plan.forward
         return call(x, values, bias, crow, col, key, *geometry)
 
@@ -175,7 +225,7 @@ class Planner:
         size: Any,
         *geometry: Any,
     ) -> Tensor:
-        plan = self._plan(self._shapes.input(grad.shape, size), grad, crow, col, geometry)
+        plan = self._plan(self.shapes.input(grad.shape, size), grad, crow, col, geometry)
         call = self._ops[1] if plan is None else plan.grad_input
         return call(grad, values, crow, col, key, size, *geometry)
 

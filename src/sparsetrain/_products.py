@@ -60,6 +60,9 @@ class Shapes(Protocol):
     def folded(self, size: Any, count: int) -> Any:
         """`size` with the batch `count` times as large."""
 
+    def columns(self, x: Sequence[int], geometry: Geometry) -> int:
+        """Columns of the pattern of a layer that takes inputs of shape `x`."""
+
 
 class Products(Protocol):
     """Four differentiable functions; crow, col and key are the pattern of W."""

@@ -21,6 +21,7 @@ Paper: Nikdan et al., SparseProp, 2023, https://arxiv.org/abs/2302.04852.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsetrain._arguments import autocast
-from sparsetrain._conv_choice import Direction, Problem, choose
-from sparsetrain._conv_define import NATIVE, Operations
+from sparsetrain._conv_choice import Problem, choose
+from sparsetrain._conv_define import NATIVE, SCHEMAS
 from sparsetrain._conv_dense import DENSE
 from sparsetrain._conv_shapes import Geometry, check, fits, geometry_of, integers, output_size
 from sparsetrain._conv_unfolded import UNFOLDED
-from sparsetrain._products import Family
+from sparsetrain._planner import Choice, Direction, Planner
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
@@ -57,143 +58,123 @@ class _Shapes:
     def folded(self, size: Sequence[int], count: int) -> list[int]:
         return [size[0] * count, *size[1:]]
 
-
-class _Convolution:
-    """The products of a convolution, each by the family that is chosen for it."""
-
-    def __init__(self) -> None:
-        def family(operations: Operations) -> Family:
-            return Family(*operations, shapes=_Shapes(), products=self)
-
-        self._families = {
-            "native": family(NATIVE),
-            "unfolded": family(UNFOLDED),
-            "dense": family(DENSE),
-        }
-
-    def _family(
-        self,
-        direction: Direction,
-        x_shape: Sequence[int],
-        like: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        window: Sequence[Any],
-    ) -> Family:
-        kernel_size, stride, padding, dilation, groups = window
-        problem = Problem(
-            x_shape,
-            crow.shape[0] - 1,
-            col.shape[0],
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            like.dtype,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        return self._families[choose(direction, problem).family]
-
-    def forward(
-        self,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        crow: Tensor,
-        col: Tensor,
-        key: Tensor,
-        *window: Any,
-    ) -> Tensor:
-        """y = W * x + bias, a cross-correlation.
-
-        Args:
-            x: (N, C, H, W) or (N, C, D, H, W), float32, float64 or bfloat16, any strides.
-            values: (nnz,) in CSR order, dtype of `x`.
-            bias: (O,) or None, dtype of `x`.
-            crow, col, key: the pattern.
-            window: kernel_size, stride, padding, dilation, groups.
-
-        Returns:
-            (N, O, ...), contiguous.
-
-        Raises:
-            RuntimeError: shapes, dtypes or devices that do not fit, or an invalid pattern.
-        """
-        family = self._family("forward", x.shape, x, crow, col, window)
-        return family.forward(x, values, bias, crow, col, key, *window)
-
-    def grad_input(
-        self,
-        grad: Tensor,
-        values: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        key: Tensor,
-        size: Sequence[int],
-        *window: Any,
-    ) -> Tensor:
-        """The gradient of `forward` with respect to an x of shape `size`.
-
-        Args:
-            grad: (N, O, ...), any strides.
-            values, crow, col, key, window: as in `forward`.
-            size: (N, C, ...).
-
-        Returns:
-            A contiguous tensor of shape `size`.
-        """
-        family = self._family("grad_input", size, grad, crow, col, window)
-        return family.grad_input(grad, values, crow, col, key, size, *window)
-
-    def grad_values(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        key: Tensor,
-        *window_and_bias: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of `forward` with respect to the values and the bias.
-
-        Args:
-            grad: (N, O, ...), any strides.
-            x, crow, col, key: as in `forward`.
-            window_and_bias: the window, and whether the gradient of the bias is wanted.
-
-        Returns:
-            (nnz,) in CSR order, and (O,), or (0,) where it is not wanted.
-        """
-        family = self._family("grad_values", x.shape, x, crow, col, window_and_bias[:-1])
-        return family.grad_values(grad, x, crow, col, key, *window_and_bias)
-
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        values: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        key: Tensor,
-        *window_and_bias: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`grad_input` and `grad_values`, in one pass where one family computes both."""
-        window = window_and_bias[:-1]
-        first = self._family("grad_input", x.shape, x, crow, col, window)
-        second = self._family("grad_values", x.shape, x, crow, col, window)
-        if first is second:
-            return first.backward(grad, x, values, crow, col, key, *window_and_bias)
-        dx = first.grad_input(grad, values, crow, col, key, list(x.shape), *window)
-        return dx, *second.grad_values(grad, x, crow, col, key, *window_and_bias)
+    def columns(self, x: Sequence[int], geometry: tuple[Any, ...]) -> int:
+        kernel_size, *_, groups = geometry
+        return int(x[1] // groups * math.prod(kernel_size))
 
 
-_CONVOLUTION = _Convolution()
+def _choose(
+    direction: Direction,
+    x_shape: Sequence[int],
+    rows: int,
+    nnz: int,
+    dtype: torch.dtype,
+    threads: int,
+    deterministic: bool,
+    window: tuple[Any, ...],
+) -> Choice:
+    kernel_size, stride, padding, dilation, groups = window
+    problem = Problem(
+        x_shape,
+        rows,
+        nnz,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        dtype,
+        deterministic,
+        threads,
+    )
+    return choose(direction, problem)
 
-conv = _CONVOLUTION.forward
-conv_grad_input = _CONVOLUTION.grad_input
-conv_grad_values = _CONVOLUTION.grad_values
-conv_backward = _CONVOLUTION.backward
+
+PLANNER = Planner(
+    "conv",
+    SCHEMAS,
+    {"native": NATIVE, "unfolded": UNFOLDED, "dense": DENSE},
+    _Shapes(),
+    _choose,
+)
+
+
+def conv(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    key: Tensor,
+    *window: Any,
+) -> Tensor:
+    """y = W * x + bias, a cross-correlation.
+
+    Args:
+        x: (N, C, H, W) or (N, C, D, H, W), float32, float64 or bfloat16, any strides.
+        values: (nnz,) in CSR order, dtype of `x`.
+        bias: (O,) or None, dtype of `x`.
+        crow, col, key: the pattern.
+        window: kernel_size, stride, padding, dilation, groups.
+
+    Returns:
+        (N, O, ...), contiguous.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, or an invalid pattern.
+    """
+    return PLANNER.products.forward(x, values, bias, crow, col, key, *window)
+
+
+def conv_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    key: Tensor,
+    size: Sequence[int],
+    *window: Any,
+) -> Tensor:
+    """The gradient of `conv` with respect to an x of shape `size`.
+
+    Args:
+        grad: (N, O, ...), any strides.
+        values, crow, col, key, window: as in `conv`.
+        size: (N, C, ...).
+
+    Returns:
+        A contiguous tensor of shape `size`.
+    """
+    return PLANNER.products.grad_input(grad, values, crow, col, key, size, *window)
+
+
+def conv_grad_values(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, key: Tensor, *window_and_bias: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `conv` with respect to the values and the bias.
+
+    Args:
+        grad: (N, O, ...), any strides.
+        x, crow, col, key: as in `conv`.
+        window_and_bias: the window, and whether the gradient of the bias is wanted.
+
+    Returns:
+        (nnz,) in CSR order, and (O,), or (0,) where it is not wanted.
+    """
+    return PLANNER.products.grad_values(grad, x, crow, col, key, *window_and_bias)
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    key: Tensor,
+    *window_and_bias: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv_grad_input` and `conv_grad_values`, in one pass where one family computes both."""
+    return PLANNER.products.backward(grad, x, values, crow, col, key, *window_and_bias)
 
 
 def sparse_conv(

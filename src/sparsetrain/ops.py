@@ -57,6 +57,9 @@ class _Shapes:
     def folded(self, size: int, count: int) -> int:
         return size  # the width of the input, whatever the batch
 
+    def columns(self, x: Sequence[int], geometry: tuple[Any, ...]) -> int:
+        return x[-1]
+
 
 def _choose(
     direction: Direction,

@@ -1,0 +1,349 @@
+"""Measures how each sparse layer of a model is computed fastest on this machine."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain import _plan_store, conv_ops, ops
+from sparsetrain._autograd import below_autograd, direct
+from sparsetrain._measure import Timing, compare
+from sparsetrain._plan_store import Entry
+from sparsetrain._planner import DIRECTIONS, Choice, Direction, Planner, Problem
+
+__all__ = ["Plans", "Row", "load_plans", "tune"]
+
+_PLANNERS = (ops.PLANNER, conv_ops.PLANNER)
+_SHARE = 0.02  # a challenger must win by this, and by more than the noise
+_LONGEST_S = 1.0  # for the candidates of one product
+
+# What is timed by default; tests replace it.
+Compare = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, Timing]]
+
+
+class Row(NamedTuple):
+    """One product of one layer: what was chosen, and what the others took.
+
+    Attributes:
+        layers: names of the layers that are alike.
+        direction: "forward", "grad_input" or "grad_values".
+        sizes: of the input, and of the output's units.
+        density: share of weights that are nonzeros.
+        chosen: the family.
+        default: what the cost model would have taken.
+        seconds: of each candidate.
+        noise: seconds that a figure may be off.
+        measured: False where the budget was spent before, so that the default stays.
+    """
+
+    layers: tuple[str, ...]
+    direction: str
+    sizes: str
+    density: float
+    chosen: str
+    default: str
+    seconds: Mapping[str, float]
+    noise: float
+    measured: bool
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """How many times as fast as each other candidate the chosen one is."""
+        own = self.seconds.get(self.chosen)
+        if own is None:
+            return {}
+        return {name: s / own for name, s in self.seconds.items() if name != self.chosen}
+
+
+class Plans:
+    """What `tune` found. Made plans are in use in this process already."""
+
+    def __init__(self, entries: Mapping[str, Entry], rows: Iterable[Row] = ()) -> None:
+        self.entries = dict(entries)
+        self.rows = list(rows)
+
+    def __repr__(self) -> str:
+        return f"Plans({len(self.entries)} products)"
+
+    def use(self) -> None:
+        """Layers of this process are computed as these plans say, from their next call on."""
+        _plan_store.learn(self.entries)
+        for planner in _PLANNERS:
+            planner.forget()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plans to a JSON file, to ship with a model for the same kind of machine.
+
+        Raises:
+            OSError: the file cannot be written; an older one stays as it was.
+        """
+        _plan_store.write(Path(path), self.entries)
+
+    def explain(self) -> str:
+        """A table: layer, direction, what was chosen, and what it beat by how much."""
+        head = ("layer", "product", "input -> units", "density", "chosen", "beats", "time")
+        lines = [head, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        lines.insert(1, tuple("-" * width for width in widths))
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    @staticmethod
+    def _cells(row: Row) -> tuple[str, ...]:
+        first, *others = row.layers
+        layer = first + (f" (+{len(others)} alike)" if others else "")
+        beats = ", ".join(f"{name} {gain:.2f}x" for name, gain in row.gains.items())
+        own = row.seconds.get(row.chosen)
+        return (
+            layer,
+            row.direction,
+            row.sizes,
+            f"{row.density:.1%}",
+            row.chosen + ("" if row.chosen == row.default else " *"),
+            beats if row.measured else "not measured: no time left",
+            "" if own is None else f"{own * 1e6:.0f} us +- {row.noise * 1e6:.0f}",
+        )
+
+
+def load_plans(path: str | Path) -> Plans:
+    """Reads what `Plans.save` wrote and uses it in this process.
+
+    Plans for other machines, thread counts or sizes in it do no harm: they are never asked for.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or of another version of sparsetrain or torch.
+    """
+    plans = Plans(_plan_store.read(Path(path)))
+    plans.use()
+    return plans
+
+
+def tune(
+    model: nn.Module,
+    *example_inputs: Any,
+    budget_s: float = 60.0,
+    cache: bool | str | Path = True,
+    progress: bool = True,
+    compare: Compare = compare,
+    **example_kwargs: Any,
+) -> Plans:
+    """Measures the candidates for every sparse layer and uses the fastest ones from then on.
+
+    One forward pass, without gradients and with the model as it is, shows the shapes that the
+    layers meet. Each direction of each of them is then timed on its own, on random numbers of these
+    shapes, layers that are alike once. What the cost model chose gives way only to what is faster
+    by 2 % and by more than the noise. The number of threads is that of now: tune with the number
+    that you train with. Values, gradients and state_dict are as before; results differ by rounding.
+
+    Args:
+        model: a module that holds sparse layers.
+        example_inputs, example_kwargs: what `model` is called with; the batch size counts.
+        budget_s: seconds that the measurements may take; what is left unmeasured keeps its default.
+        cache: True keeps the result in the user's cache, where every later process finds it; a path
+            keeps it there, False nowhere.
+        progress: a progress bar on standard error, where rich is installed.
+        compare: what times candidates, see `_measure.compare`.
+
+    Returns:
+        The plans, in use already.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no sparse layer was computed, or budget_s is not positive.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; tune takes a torch.nn.Module.")
+    if not budget_s > 0:
+        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
+    jobs = _capture(model, example_inputs, example_kwargs)
+    if not jobs:
+        raise ValueError(
+            "no sparse layer was computed when the model was called with the example inputs; "
+            "make layers sparse first, for instance with sparsetrain.sparsify(model, 0.9)."
+        )
+    entries, rows = _measure_all(jobs, budget_s, progress, compare)
+    plans = Plans(entries, rows)
+    plans.use()
+    _keep(entries, cache)
+    return plans
+
+
+class _Job(NamedTuple):
+    """The layers that share one problem, and the pattern of the first of them."""
+
+    planner: Planner
+    problem: Problem
+    pattern: tuple[Tensor, Tensor, Tensor]
+    names: list[str]
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Job]:
+    """The problems that one forward pass of `model` meets, in order."""
+    jobs: dict[str, _Job] = {}
+    names: list[str] = []
+
+    def observe(planner: Planner, problem: Problem, pattern: tuple[Tensor, Tensor, Tensor]) -> None:
+        job = jobs.setdefault(
+            planner.store_key("forward", problem), _Job(planner, problem, pattern, [])
+        )
+        name = names[-1] if names else "(a function call)"
+        if name not in job.names:
+            job.names.append(name)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                stack.enter_context(_named(module, name or type(module).__name__, names))
+        for planner in _PLANNERS:
+            stack.enter_context(_observing(planner, observe))
+        stack.enter_context(torch.no_grad())
+        model(*args, **kwargs)
+    return list(jobs.values())
+
+
+@contextmanager
+def _named(module: nn.Module, name: str, names: list[str]) -> Any:
+    """Inside, `names` ends with `name` while `module` is called."""
+
+    def before(*_: Any) -> None:
+        names.append(name)
+
+    def after(*_: Any) -> None:
+        names.pop()
+
+    hooks = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _observing(planner: Planner, observe: Any) -> Any:
+    before, planner.observer = planner.observer, observe
+    try:
+        yield
+    finally:
+        planner.observer = before
+
+
+def _measure_all(
+    jobs: list[_Job], budget_s: float, progress: bool, compare: Compare
+) -> tuple[dict[str, Entry], list[Row]]:
+    entries: dict[str, Entry] = {}
+    rows: list[Row] = []
+    end = time.perf_counter() + budget_s
+    products = [(job, direction) for job in jobs for direction in DIRECTIONS]
+    for done, (job, direction) in enumerate(_tracked(products, progress)):
+        left = end - time.perf_counter()
+        share = min(_LONGEST_S, left / (len(products) - done))
+        default = job.planner.estimate(direction, *job.problem)
+        timings: Mapping[str, Timing] = {}
+        if left > 0:
+            with torch.no_grad(), below_autograd():
+                timings = compare(_candidates(job, direction), share)
+        chosen = _winner(timings, default)
+        entry = Entry(
+            chosen,
+            0,
+            {name: timing.seconds for name, timing in timings.items()},
+            max((timing.noise for timing in timings.values()), default=0.0),
+        )
+        if timings:
+            entries[job.planner.store_key(direction, job.problem)] = entry
+        rows.append(_row(job, direction, default.family, entry))
+    return entries, rows
+
+
+def _winner(timings: Mapping[str, Timing], default: Choice) -> str:
+    """The fastest family, if it beats the default by more than noise."""
+    if default.family not in timings:
+        return default.family
+    best = min(timings, key=lambda name: timings[name].seconds)
+    won = timings[default.family].seconds - timings[best].seconds
+    noise = timings[default.family].noise + timings[best].noise
+    if won > noise and won > _SHARE * timings[best].seconds:
+        return best
+    return default.family
+
+
+def _candidates(job: _Job, direction: Direction) -> dict[str, Callable[[], object]]:
+    """The families that compute such a layer, on random numbers."""
+    planner, problem, pattern, _ = job
+    size = planner.shapes.size(problem.x_shape)
+    out = planner.shapes.output(problem.x_shape, problem.rows, problem.geometry)
+    source = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source).to(problem.dtype)
+
+    x, values, grad = numbers(*problem.x_shape), numbers(problem.nnz), numbers(*out)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "forward": (x, values, numbers(problem.rows), *pattern, *problem.geometry),
+        "grad_input": (grad, values, *pattern, size, *problem.geometry),
+        "grad_values": (grad, x, *pattern, *problem.geometry, True),
+    }
+
+    def bound(family: str) -> Callable[[], object]:
+        call = direct(planner.families[family][DIRECTIONS.index(direction)])
+        inputs = arguments[direction]
+        return lambda: call(*inputs)
+
+    deep = bool(problem.geometry) and len(problem.geometry[0]) == 3
+    skipped = {"native"} if deep else {"unfolded"}
+    return {family: bound(family) for family in planner.families if family not in skipped}
+
+
+def _row(job: _Job, direction: str, default: str, entry: Entry) -> Row:
+    problem = job.problem
+    weights = problem.rows * job.planner.shapes.columns(problem.x_shape, problem.geometry)
+    return Row(
+        tuple(job.names),
+        direction,
+        f"{'x'.join(map(str, problem.x_shape))} -> {problem.rows}",
+        problem.nnz / weights if weights else 0.0,
+        entry.family,
+        default,
+        entry.seconds,
+        entry.noise,
+        bool(entry.seconds),
+    )
+
+
+def _tracked(products: list[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return products
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return products
+    return track(products, "measuring products", console=Console(stderr=True), transient=True)
+
+
+def _keep(entries: Mapping[str, Entry], cache: bool | str | Path) -> None:
+    if cache is False:
+        return
+    path = _plan_store.cache_path() if cache is True else Path(cache)
+    if path is not None:
+        _plan_store.update(path, entries)
+    elif cache is True and not _plan_store.switched_off():
+        warnings.warn(
+            "plans are not kept for later processes: install sparsetrain[cli] (platformdirs), or "
+            "name a file: tune(..., cache='plans.json').",
+            stacklevel=3,
+        )
