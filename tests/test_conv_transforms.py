@@ -160,7 +160,7 @@ def test_function_transforms(transform: str, way: str) -> None:
 def test_vmap_over_samples_is_one_convolution() -> None:
     with computed_by("sparse"), CountOps() as ops:
         torch.vmap(lambda x: _CASE.sparse(x, v, b))(x)
-    assert ops.names == ["conv2d"]
+    assert ops.names == ["conv_planned"]
 
 
 @pytest.mark.parametrize("way", WAYS)
