@@ -160,13 +160,13 @@ struct Placer {
   S* out;
   bool past_caches;
 
-  Placer(const ConvSide& side, int64_t batch, S* out)
-      : side(side),
-        batch(batch),
-        out(out),
-        past_caches(batch * side.result_channels * side.result_size[0] * side.result_size[1] *
-                        static_cast<int64_t>(sizeof(S)) >=
-                    kStreamBytes) {}
+  // Streaming pays if planes are whole cache lines; else it halves the speed (and at 7 x 7 or
+  // 14 x 14 is 2 to 4 times slower).
+  Placer(const ConvSide& side, int64_t batch, S* out) : side(side), batch(batch), out(out) {
+    const int64_t plane =
+        side.result_size[0] * side.result_size[1] * static_cast<int64_t>(sizeof(S));
+    past_caches = plane % 64 == 0 && batch * side.result_channels * plane >= kStreamBytes;
+  }
 
   // The runs of lanes [from, from + lanes) of a group; runs has room for `lanes`.
   int list(int64_t group, int64_t from, int64_t lanes, Run* runs) const {
@@ -495,7 +495,9 @@ void for_transposed(const Plan& plan, const ConvShape& shape, const ConvSide& s,
   __builtin_memcpy(next.get(), s.side.row_begin, sizeof(int32_t) * s.side.rows);
   const int64_t out_per_group = shape.out_channels / shape.groups;
   const int64_t rows_per_group = s.side.rows / shape.groups;
-  const int32_t* row_of_column = s.row_of_column.data();
+  Scratch<int32_t> row_of(p.cols);
+  s.fill_row_of_column(p.cols, row_of.get());
+  const int32_t* row_of_column = row_of.get();
   for (int64_t o = 0; o < p.rows; o++) {
     int32_t* at = next.get() + o / out_per_group * rows_per_group;
     for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++) f(at[row_of_column[p.col[k]]]++, k);
@@ -518,7 +520,8 @@ void conv_forward(const ConvForward& a) {
   const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
   const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
   if (s->samples) {
-    const SampleProduct<S> product{*s, values.get(), bias.get(),
+    const SampleTables tables(*s, kLanes<T>);
+    const SampleProduct<S> product{*s, tables, values.get(), bias.get(),
                                    out_samples(a.shape, static_cast<S*>(a.y))};
     return sample_product(product, in_samples(a.shape, static_cast<const S*>(a.x)), a.parallel);
   }
@@ -564,7 +567,8 @@ void sample_backward(const ConvBackward& a) {
     const S* given = static_cast<const S*>(a.values);
     for_transposed(*a.plan, a.shape, *s,
                    [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
-    const SampleProduct<S> product{*s, values.get(), nullptr,
+    const SampleTables tables(*s, kLanes<T>);
+    const SampleProduct<S> product{*s, tables, values.get(), nullptr,
                                    in_samples(a.shape, static_cast<S*>(a.dx))};
     sample_product(product, dy, a.parallel);
   }

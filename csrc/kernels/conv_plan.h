@@ -80,29 +80,40 @@ struct ConvSide {
   // strip_rows + span rows, each of pitch vectors, copy_lanes in all. Results wait for band_rows
   // rows, so that they are written in long runs.
   int64_t strip_rows, band_rows;
-  // Vector of each pixel of a strip's source rows inside its channel's planes, or -1 where no
-  // kernel position reads it; the vectors that are no pixel's; and the vector of each pixel of a
-  // band's results inside its channel's rows, or -1 where no kernel position reaches it.
-  std::vector<int32_t> slot_of, gaps, place_of;
+  int64_t first_column;  // column shifts begin here
 
   Side side;  // rows: result rows; index: first lane of the operand / vector lanes
-  // Where values go in the transposed direction: row of each column of the pattern, per group.
-  std::vector<int32_t> row_of_column;
+  // Where values go in the transposed direction: the phase of each kernel position.
+  std::vector<int32_t> phase_of;
   std::unique_ptr<int32_t[]> row_begin, index32;
 
   int64_t strip_begin(int64_t s) const { return s * strip_lanes; }
   int64_t strip_end(int64_t s) const {
     return (s + 1) * strip_lanes < lanes ? (s + 1) * strip_lanes : lanes;
   }
+  // Transposed: the row of each of `columns` columns of the pattern, of the first group of
+  // channels.
+  void fill_row_of_column(int64_t columns, int32_t* row_of_column) const;
   size_t bytes() const;
+};
+
+// Where pixels lie, for sides whose lanes are samples. Built for each call: for a small layer it
+// would be most of what its plan holds.
+struct SampleTables {
+  SampleTables(const ConvSide& side, int64_t vector_lanes);
+  // Vector of each pixel of a strip's source rows inside its channel's planes, or -1 where no
+  // kernel position reads it; the vectors that are no pixel's; and, unless each pixel's is its
+  // number, the vector of each pixel of a band's results inside its channel's rows, or -1 where no
+  // kernel position reaches it.
+  std::vector<int32_t> slots, gaps, places;
 };
 
 // Whether lanes are samples: the same for all directions, sparsities and thread counts.
 bool lanes_are_samples(const ConvShape& shape, const ConvVectors& vectors);
 
-// The side for this shape: the plan's last one if it fits, else newly built. From any thread. It
-// lives as long as the handle. (No shared_ptr here: its code would be shared between instruction
-// sets.)
+// The side for this shape: one of the plan's last two if it fits, else newly built. From any
+// thread. It lives as long as the handle. (No shared_ptr here: its code would be shared between
+// instruction sets.)
 class ConvHandle {
  public:
   ConvHandle(const Plan& plan, const ConvShape& shape, bool transposed, const ConvVectors& vectors);

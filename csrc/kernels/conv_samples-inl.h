@@ -132,8 +132,9 @@ int64_t sample_copies_size(const ConvSide& s) {
 // Planes of channels [c0, c1) for one strip, with zeros around them. fresh: the buffer was not
 // filled for another strip of this side before.
 template <class S>
-void fill_samples(const ConvSide& s, const Samples<const S>& m, int64_t group, int64_t strip,
-                  int64_t c0, int64_t c1, bool fresh, Sum<S>* copies) {
+void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<const S>& m,
+                  int64_t group, int64_t strip, int64_t c0, int64_t c1, bool fresh,
+                  Sum<S>* copies) {
   typedef Sum<S> T;
   constexpr int w = kLanes<T>;
   const int64_t width = m.size[1];
@@ -141,7 +142,7 @@ void fill_samples(const ConvSide& s, const Samples<const S>& m, int64_t group, i
   const int64_t rows = (s.strip_rows + s.span) * s.source_step[0];
   const int64_t y0 = top < 0 ? least(-top, rows) : 0;  // the rows that are inside the image
   const int64_t y1 = top + rows > m.size[0] ? (m.size[0] > top ? m.size[0] - top : 0) : rows;
-  const int32_t* slots = s.slot_of.data();
+  const int32_t* slots = tables.slots.data();
   auto zero = [&](int64_t from, int64_t to, T* out) {
     for (int64_t i = from * width; i < to * width; i++)
       if (slots[i] >= 0) store<T>(out + slots[i] * w, Vec<T>{});
@@ -150,7 +151,7 @@ void fill_samples(const ConvSide& s, const Samples<const S>& m, int64_t group, i
   for (int64_t c = c0; c < c1; c++) {
     T* out = copies + c * size;
     if (fresh)
-      for (const int32_t gap : s.gaps) store<T>(out + static_cast<int64_t>(gap) * w, Vec<T>{});
+      for (const int32_t gap : tables.gaps) store<T>(out + static_cast<int64_t>(gap) * w, Vec<T>{});
     if (y0 >= y1) {
       zero(0, rows, out);
       continue;
@@ -222,18 +223,19 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
   }
 }
 
-// dvalues[k..k+G] += the products of a tile of dy and of what each of G nonzeros reads of x. Sums
-// stay in registers for the whole tile, dy passes by.
+// dvalues[0..count) += the products of a tile of dy and of what each of `count` <= G nonzeros reads
+// of x. Sums stay in registers for the whole tile, dy passes by.
 template <class T, int G, class I>
 ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index, const T* x,
-                                  int64_t x_pitch, int64_t height, int64_t width, T* dvalues) {
+                                  int64_t x_pitch, int64_t height, int64_t width, T* dvalues,
+                                  int count) {
   constexpr int w = kLanes<T>;
   Vec<T> sum[G];
   const T* p[G];
   ST_UNROLL
   for (int g = 0; g < G; g++) {
     sum[g] = Vec<T>{};
-    p[g] = x + static_cast<int64_t>(index[g]) * w;
+    p[g] = x + static_cast<int64_t>(index[g < count ? g : 0]) * w;
   }
   for (int64_t h = 0; h < height; h++, dy += dy_pitch) {
     for (int64_t i = 0; i < width * w; i += w) {
@@ -244,7 +246,10 @@ ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index,
     ST_UNROLL
     for (int g = 0; g < G; g++) p[g] += x_pitch;
   }
-  add_sums<T, G>(sum, dvalues);
+  if (count == G) return add_sums<T, G>(sum, dvalues);
+  T sums[G] = {};
+  add_sums<T, G>(sum, sums);
+  for (int g = 0; g < count; g++) dvalues[g] += sums[g];
 }
 
 // One column block for `rows` rows; arguments as for spmm_pixels, dy in the place of y.
@@ -258,15 +263,17 @@ void sddmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
-    auto group = [&](auto n) {
-      constexpr int G = decltype(n)::value;
-      sddmm_pixels_group<T, G>(dy, dy_pitch, index + k, x, x_pitch, height, width, dvalues + k);
-      k += G;
+    auto group = [&](auto n, int count) {
+      sddmm_pixels_group<T, decltype(n)::value>(dy, dy_pitch, index + k, x, x_pitch, height, width,
+                                                dvalues + k, count);
+      k += count;
     };
-    while (k + 8 <= stop) group(std::integral_constant<int, 8>{});
-    if (k + 4 <= stop) group(std::integral_constant<int, 4>{});
-    if (k + 2 <= stop) group(std::integral_constant<int, 2>{});
-    if (k < stop) group(std::integral_constant<int, 1>{});
+    while (k + 8 <= stop) group(std::integral_constant<int, 8>{}, 8);
+    // What is left: a group that is not full beats one or two smaller ones.
+    if (k + 4 < stop) group(std::integral_constant<int, 8>{}, stop - k);
+    if (k + 2 < stop) group(std::integral_constant<int, 4>{}, stop - k);
+    if (k + 2 == stop) group(std::integral_constant<int, 2>{}, 2);
+    if (k < stop) group(std::integral_constant<int, 1>{}, 1);
   }
 }
 
@@ -305,6 +312,7 @@ template <class S>
 struct SampleProduct {
   typedef Sum<S> T;
   const ConvSide& conv;
+  const SampleTables& tables;
   const T* values;
   const T* bias;  // result_channels, or null
   Samples<S> result;
@@ -343,19 +351,19 @@ struct SampleProduct {
   void place(int64_t group, int64_t from, int64_t to, int64_t r0, int64_t r1,
              const T* chunk) const {
     const int64_t step = conv.result_step[0], width = result.size[1];
-    const bool plain = step == 1 && conv.result_step[1] == 1;
     const int64_t first = from * step * width;
     const int64_t last = least(to * step, result.size[0]) * width;
     for (int64_t r = r0; r < r1; r += phases(), chunk += phases() * row_size())
       unpack_pixels(result, group, r / phases(), first, last,
-                    plain ? nullptr : conv.place_of.data(), chunk);
+                    tables.places.empty() ? nullptr : tables.places.data(), chunk);
   }
 };
 
-// Rows that a worker takes at a time: whole channels.
-ST_INLINE int64_t sample_row_step(const ConvSide& s, int64_t items, int workers) {
+// Rows that a worker takes at a time: whole channels. Not too few: they share what they fetch into
+// L1.
+ST_INLINE int64_t sample_row_step(const ConvSide& s, int64_t pieces) {
   const int64_t phases = static_cast<int64_t>(s.phases.size());
-  return ceil_div(ceil_div(s.side.rows * items, 4 * workers), 8 * phases) * 8 * phases;
+  return ceil_div(ceil_div(s.side.rows, pieces), 16 * phases) * 16 * phases;
 }
 
 template <class S>
@@ -363,6 +371,7 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
                     const Parallel& parallel) {
   typedef Sum<S> T;
   const ConvSide& s = product.conv;
+  const SampleTables& tables = product.tables;
   const int64_t strips = source.groups() * s.strips, rows = s.side.rows;
   const int64_t pixels = s.grid[0] * s.grid[1];
   const int workers = worth_waking(parallel, (s.side.nnz + rows) * pixels * source.batch);
@@ -375,7 +384,7 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
     for (int i = 0; i < workers; i++) filled.get()[i] = false;
     share(parallel, workers, strips, [&](int worker, int64_t i) {
       T* own = copies.get() + worker * size;
-      fill_samples<S>(s, source, i / s.strips, i % s.strips, 0, s.source_channels,
+      fill_samples<S>(s, tables, source, i / s.strips, i % s.strips, 0, s.source_channels,
                       !filled.get()[worker], own);
       filled.get()[worker] = true;
       product.rows(i / s.strips, i % s.strips, own, 0, rows, chunks.get() + worker * chunk);
@@ -383,13 +392,14 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
     return;
   }
   // Few strips: all are filled first, then workers share out their rows.
-  const int64_t step = sample_row_step(s, strips, workers), pieces = ceil_div(rows, step);
+  const int64_t step = sample_row_step(s, ceil_div(8 * workers, strips)),
+                pieces = ceil_div(rows, step);
   const int64_t channels = 16, parts = ceil_div(s.source_channels, channels);
   const int64_t chunk = product.chunk_size(step);
   Scratch<T> copies(size * strips), chunks(chunk * workers);
   share(parallel, workers, strips * parts, [&](int, int64_t i) {
     const int64_t at = i / parts, c = i % parts * channels;
-    fill_samples<S>(s, source, at / s.strips, at % s.strips, c,
+    fill_samples<S>(s, tables, source, at / s.strips, at % s.strips, c,
                     least(c + channels, s.source_channels), true, copies.get() + at * size);
   });
   share(parallel, workers, strips * pieces, [&](int worker, int64_t i) {
@@ -441,6 +451,7 @@ void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& 
                      const Samples<const S>& dy, const Parallel& parallel) {
   typedef Sum<S> T;
   const ConvSide& s = gradient.conv;
+  const SampleTables tables(s, kLanes<T>);
   const int64_t strips = x.groups() * s.strips, rows = s.side.rows;
   const int64_t pixels = s.grid[0] * s.grid[1];
   __builtin_memset(gradient.dvalues, 0, sizeof(T) * s.side.nnz);
@@ -450,7 +461,7 @@ void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& 
   Scratch<T> copies(size * together), packed(dy_size * together);
   const int64_t channels = 16, x_parts = ceil_div(s.source_channels, channels);
   const int64_t dy_parts = ceil_div(rows, channels);
-  const int64_t step = workers == 1 ? rows : sample_row_step(s, 1, workers);
+  const int64_t step = workers == 1 ? rows : sample_row_step(s, 2 * workers);
   const int64_t row_items = ceil_div(rows, step);
 
   for (int64_t first = 0; first < strips; first += together) {
@@ -461,8 +472,8 @@ void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& 
       const int64_t t = j / parts, c = j % parts * channels;
       const int64_t group = (first + t) / s.strips, strip = (first + t) % s.strips;
       if (of_x)
-        fill_samples<S>(s, x, group, strip, c, least(c + channels, s.source_channels), first == 0,
-                        copies.get() + t * size);
+        fill_samples<S>(s, tables, x, group, strip, c, least(c + channels, s.source_channels),
+                        first == 0, copies.get() + t * size);
       else
         gradient.fill_dy(dy, group, strip, c, least(c + channels, rows),
                          packed.get() + t * dy_size);

@@ -160,6 +160,7 @@ size_t Plan::bytes() const {
   for (ConvSlot& slot : conv_slots_) {
     const std::lock_guard<std::mutex> lock(slot.mutex);
     if (slot.side) bytes += slot.side->bytes();
+    if (slot.older) bytes += slot.older->bytes();
   }
   return bytes;
 }

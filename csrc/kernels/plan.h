@@ -61,10 +61,11 @@ class Plan {
   double density() const;
   size_t bytes() const;  // of what is built; from any thread
 
-  // The last convolution computed with this pattern, by direction (see conv_plan.h).
+  // The last two convolutions computed with this pattern, by direction (see conv_plan.h): two, so
+  // that a smaller last batch does not displace the others' plan.
   struct ConvSlot {
     std::mutex mutex;
-    std::shared_ptr<const ConvSide> side;
+    std::shared_ptr<const ConvSide> side, older;
   };
   ConvSlot& conv_slot(bool transposed) const { return conv_slots_[transposed]; }
 
