@@ -16,7 +16,7 @@ _HOPELESS = 1.3  # a candidate is dropped when its best turn takes so many times
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: the median of the turns, and how far it may be off."""
+    """Seconds of one call: the median of the turns, and two standard errors."""
 
     seconds: float
     noise: float
@@ -74,5 +74,5 @@ def _hopeful(turns: Mapping[str, list[float]], running: list[str]) -> list[str]:
 def _timing(seconds: list[float]) -> Timing:
     kept = sorted(seconds)[: max(1, len(seconds) - len(seconds) // 4)]
     middle = statistics.median(kept)
-    spread = statistics.median(abs(s - middle) for s in kept)
-    return Timing(middle, 2 * spread / len(kept) ** 0.5, len(seconds))
+    error = statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
+    return Timing(middle, 2 * error, len(seconds))

@@ -15,6 +15,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 from sparsetrain._cli_bench import bench
+from sparsetrain._cli_tune import HELP as TUNE_HELP
+from sparsetrain._cli_tune import tune_command
 
 if TYPE_CHECKING:
     from sparsetrain.recipes.progress import Progress
@@ -29,6 +31,7 @@ app = typer.Typer(
 train = typer.Typer(no_args_is_help=True, help="Complete training recipes.")
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
+app.command("tune", help=TUNE_HELP)(tune_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
