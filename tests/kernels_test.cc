@@ -108,6 +108,13 @@ void all_shapes(bool quick) {
   // Several column blocks on either side.
   test_shape(TestPattern(&random, 130, 1100, 0.05, false), "many_columns", false, &random);
   test_shape(TestPattern(&random, 1100, 130, 0.05, false), "many_rows", false, &random);
+  // Enough samples for several groups of sums, of tiles that no group divides evenly.
+  const TestPattern pattern(&random, 70, 90, 0.2, true);
+  const PlanPtr plan = make_plan(pattern);
+  for (int64_t batch : {513, 1100})
+    for (DType dtype : {DType::f32, DType::f64, DType::bf16})
+      test_linear({pattern, plan.get(), batch, 0, "70x90 batch " + std::to_string(batch)}, dtype,
+                  Fill::signed_uniform, &random);
 }
 
 // Row numbers that need more than 16 bits, and columns at both ends.

@@ -16,24 +16,31 @@ namespace {
 // Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass. Large, since the tile
 // of x streams by once for each chunk of rows: 768 rows rather than 128 were 1.05-1.2 times faster.
 constexpr int64_t kChunkBytes = 192 << 10;
-// Columns packed by one worker at a time, when several share a tile.
-constexpr int64_t kPackColumns = 128;
-// Tiles per worker that are shared between two barriers (about 2 us each). Few, so that what one
-// worker packs is still near when another reads it.
-constexpr int64_t kSharedTiles = 2;
+// Samples whose gradients of the values are summed apart, so that workers need not share: as few
+// as make adding the sums up cheap (1 of about 128 loads of a nonzero), and groups at most.
+constexpr int64_t kGroupSamples = 256;
+constexpr int64_t kMostGroups = 8;
 // Outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr TileRule kTiles = {4, 8, 0.35, 192, 96, 7.5};
+#else
+// 8 vectors of 256 bits instead of 4: forward at 80 / 90 / 95 % 1.15 / 1.10 / 0.97 times as fast,
+// backward 1.04 / 1.04 / 0.93. 18 nonzeros in a row of a block instead of 7.5: 95 %, 1.15-1.3.
+constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18};
+#endif
 
 // How `batch` samples fall into tiles: full ones, and a last one of fewer vectors.
 template <class T>
 struct Tiling {
   Tiling(int64_t batch, bool wide)
       : batch(batch),
-        lanes((wide ? kWideTile : kNarrowTile) * kLanes<T>),
+        lanes((wide ? kTiles.wide : kTiles.narrow) * kLanes<T>),
         count(ceil_div(batch, lanes)),
         chunk_rows(kChunkBytes / (lanes * static_cast<int64_t>(sizeof(T)))) {
     // sum_rows groups rows by 8: the groups must be the same however rows are shared out.
-    static_assert(kChunkBytes / (kWideTile * SPARSETRAIN_VECTOR_BYTES) % 16 == 0, "");
+    static_assert(kChunkBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) % 16 == 0, "");
   }
   int samples(int64_t t) const {
     const int64_t left = batch - first(t);
@@ -47,10 +54,8 @@ struct Tiling {
 // f(NV) with the smallest compiled tile of at least nv vectors.
 template <class F>
 ST_INLINE void with_vectors(int nv, const F& f) {
-  if constexpr (kWideTile == 8) {
-    if (nv > 6) return f(std::integral_constant<int, 8>{});
-    if (nv > 4) return f(std::integral_constant<int, 6>{});
-  }
+  if (nv > 6) return f(std::integral_constant<int, 8>{});
+  if (nv > 4) return f(std::integral_constant<int, 6>{});
   if (nv == 4) return f(std::integral_constant<int, 4>{});
   if (nv == 3) return f(std::integral_constant<int, 3>{});
   if (nv == 2) return f(std::integral_constant<int, 2>{});
@@ -98,24 +103,30 @@ class Widened {
 template <class S>
 void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
                           const Parallel& parallel) {
-  const Side& side = plan.forward();
-  const Side& transposed = plan.transposed();
+  const Pattern& pattern = plan.pattern();
+  const Side& transposed = plan.transposed(kTiles);
   if (const uint16_t* place = transposed.place16.get()) {
     const uint16_t* row = transposed.index16.get();
-    const int workers = worth_waking(parallel, 4 * side.nnz);
+    const int workers = worth_waking(parallel, 4 * pattern.nnz);
     share(parallel, workers, workers, [&](int, int64_t i) {
-      const int64_t end = side.nnz * (i + 1) / workers;
-      for (int64_t k = side.nnz * i / workers; k < end; k++)
-        out[k] = widen(values[side.row_begin[row[k]] + place[k]]);
+      const int64_t end = pattern.nnz * (i + 1) / workers;
+      for (int64_t k = pattern.nnz * i / workers; k < end; k++)
+        out[k] = widen(values[pattern.crow[row[k]] + place[k]]);
     });
     return;
   }
-  // Very large layers: each nonzero, in order, goes to the next free place of its column.
-  Scratch<int32_t> next(side.cols);
-  __builtin_memcpy(next.get(), transposed.row_begin, sizeof(int32_t) * side.cols);
-  with_index(side, [&](auto* index) {
-    for (int64_t k = 0; k < side.nnz; k++) out[next.get()[index[k]]++] = widen(values[k]);
-  });
+  // Very large layers: each nonzero, in order, goes to the next free place of its column, in the
+  // block of its row.
+  const int64_t columns = transposed.rows, blocks = transposed.blocks;
+  Scratch<int32_t> next(blocks * columns);
+  for (int64_t b = 0; b < blocks; b++)
+    __builtin_memcpy(next.get() + b * columns, transposed.begin_of(b), sizeof(int32_t) * columns);
+  int64_t b = 0;
+  for (int64_t r = 0; r < pattern.rows; r++) {
+    while (r >= pattern.rows * (b + 1) / blocks) b++;
+    for (int32_t k = pattern.crow[r]; k < pattern.crow[r + 1]; k++)
+      out[next.get()[b * columns + pattern.col[k]]++] = widen(values[k]);
+  }
 }
 
 // Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
@@ -130,6 +141,17 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
   });
 }
 
+// Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2. Returns
+// where the whole tile would begin.
+template <class S>
+ST_INLINE const Sum<S>* pack_block(const Tiling<Sum<S>>& tiling, const Matrix& x, int64_t t,
+                                   const Side& side, int64_t b, Sum<S>* scratch) {
+  const int64_t first = side.cols * b / side.blocks, end = side.cols * (b + 1) / side.blocks;
+  Sum<S>* tile = scratch - first * tile_lanes<Sum<S>>(tiling.vectors(t));
+  pack<S>(tiling, x, t, first, end, tile);
+  return tile;
+}
+
 // y = x side^T + bias for either orientation, from packed tiles.
 template <class S>
 struct Product {
@@ -140,27 +162,62 @@ struct Product {
   const T* bias;  // side.rows, or null
   S* y;           // batch x side.rows
 
-  // y[.., r0:r1] of tile t. chunk: (r1 - r0) x lanes of scratch.
-  void rows(int64_t t, const T* tile, int64_t r0, int64_t r1, T* chunk) const {
+  // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
+  void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
+    for (int64_t r = begin; r < end; r += tiling.chunk_rows)
+      chunk_of_rows(t, r, least(r + tiling.chunk_rows, end), chunk, [&](int64_t) { return tile; });
+  }
+  // All of tile t, from x. Blocks of x are packed right before their only use, where there is one.
+  // tile: side.cols x lanes of scratch.
+  void all(int64_t t, const Matrix& x, T* tile, T* chunk) const {
+    if (side.rows > tiling.chunk_rows) {
+      pack<S>(tiling, x, t, 0, side.cols, tile);
+      return rows(t, tile, 0, side.rows, chunk);
+    }
+    chunk_of_rows(t, 0, side.rows, chunk,
+                  [&](int64_t b) { return pack_block<S>(tiling, x, t, side, b, tile); });
+  }
+
+ private:
+  // operand(b): where the packed tile would begin of which block b is there.
+  template <class F>
+  ST_INLINE void chunk_of_rows(int64_t t, int64_t r0, int64_t r1, T* chunk,
+                               const F& operand) const {
     const bool past_caches =
         tiling.batch * side.rows * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
     S* out = y + tiling.first(t) * side.rows + r0;
     with_vectors(tiling.vectors(t), [&](auto n) {
       constexpr int NV = decltype(n)::value;
-      with_index(side, [&](auto* index) {
-        for (int64_t b = 0; b < side.blocks; b++)
-          spmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0,
-                                            r1 - r0, index, values, tile, chunk, NV * kLanes<T>,
+      for (int64_t b = 0; b < side.blocks; b++) {
+        const T* x = operand(b);
+        with_index(side, [&](auto* index) {
+          spmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.end_of(b) + r0, r1 - r0,
+                                            index, values, x, chunk, NV * kLanes<T>,
                                             bias ? bias + r0 : nullptr, b == 0);
-      });
+        });
+      }
       unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);
     });
   }
-  void all_rows(int64_t t, const T* tile, T* chunk) const {
-    for (int64_t r = 0; r < side.rows; r += tiling.chunk_rows)
-      rows(t, tile, r, least(r + tiling.chunk_rows, side.rows), chunk);
-  }
 };
+
+// First row of part p of `parts` of about equal cost; a multiple of 16 (sum_rows groups rows by 8,
+// and the groups must be the same however rows are shared out).
+ST_INLINE int64_t part_begin(const Side& side, int64_t p, int64_t parts) {
+  if (p == parts) return side.rows;
+  auto cost = [&](int64_t r) { return side.row_begin[r] + 4 * r; };
+  const int64_t wanted = cost(side.rows) * p / parts;
+  int64_t low = 0, high = side.rows / 16;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cost(16 * middle) < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return 16 * low;
+}
 
 template <class S>
 void spmm(const Product<S>& product, const Matrix& x, const Parallel& parallel) {
@@ -170,32 +227,26 @@ void spmm(const Product<S>& product, const Matrix& x, const Parallel& parallel) 
   if (!tiling.count || !side.rows) return;
   const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.chunk_rows * tiling.lanes;
   const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
-  Scratch<T> chunks(chunk_size * workers);
+  Scratch<T> tiles(tile_size * workers), chunks(chunk_size * workers);
+  auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
+  auto chunk = [&](int worker) { return chunks.get() + worker * chunk_size; };
 
   if (workers == 1 || tiling.count >= 4 * workers || tiling.count % workers == 0) {
-    // Enough tiles: a worker packs and finishes its own; nothing is shared.
-    Scratch<T> tiles(tile_size * workers);
-    share(parallel, workers, tiling.count, [&](int worker, int64_t t) {
-      T* tile = tiles.get() + worker * tile_size;
-      pack<S>(tiling, x, t, 0, side.cols, tile);
-      product.all_rows(t, tile, chunks.get() + worker * chunk_size);
-    });
+    share(parallel, workers, tiling.count,
+          [&](int worker, int64_t t) { product.all(t, x, tile(worker), chunk(worker)); });
     return;
   }
-  // Few tiles: all are packed first, then workers share out their rows.
-  int64_t step = ceil_div(side.rows * tiling.count, 4 * workers);
-  step = least(ceil_div(step, 16) * 16, tiling.chunk_rows);
-  Scratch<T> tiles(tile_size * tiling.count);
-  const int64_t parts = ceil_div(side.cols, kPackColumns);
-  share(parallel, workers, tiling.count * parts, [&](int, int64_t i) {
-    const int64_t t = i / parts, c = i % parts * kPackColumns;
-    pack<S>(tiling, x, t, c, least(c + kPackColumns, side.cols), tiles.get() + t * tile_size);
-  });
-  const int64_t groups = ceil_div(side.rows, step);
-  share(parallel, workers, tiling.count * groups, [&](int worker, int64_t i) {
-    const int64_t t = i / groups, r = i % groups * step;
-    product.rows(t, tiles.get() + t * tile_size, r, least(r + step, side.rows),
-                 chunks.get() + worker * chunk_size);
+  // Few tiles: each is cut into as many parts of its rows as there are workers, and every worker
+  // takes as many parts in a row. Two may pack the same tile: cheaper than to wait for each other
+  // and to read what another core has written.
+  share(parallel, workers, workers, [&](int worker, int64_t share) {
+    int64_t packed = -1;
+    for (int64_t i = share * tiling.count; i < (share + 1) * tiling.count; i++) {
+      const int64_t t = i / workers, p = i % workers;
+      if (t != packed) pack<S>(tiling, x, packed = t, 0, side.cols, tile(worker));
+      product.rows(t, tile(worker), part_begin(side, p, workers), part_begin(side, p + 1, workers),
+                   chunk(worker));
+    }
   });
 }
 
@@ -205,95 +256,112 @@ struct Gradient {
   typedef Sum<S> T;
   const Side& side;
   const Tiling<T>& tiling;
-  T* dvalues;  // nnz
+  T* dvalues;  // nnz, in CSR order
   T* dbias;    // side.rows, or null
 
-  // Adds tile t's share for rows [r0, r1). dy: their rows of the packed dy; x: the packed x.
-  void rows(int64_t t, const T* dy, const T* x, int64_t r0, int64_t r1) const {
-    with_vectors(tiling.vectors(t), [&](auto n) {
-      constexpr int NV = decltype(n)::value;
-      if (dbias) sum_rows<T, NV>(dy, r1 - r0, dbias + r0);
-      with_index(side, [&](auto* index) {
-        for (int64_t b = 0; b < side.blocks; b++)
-          sddmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0,
-                                             r1 - r0, index, x, dy, NV * kLanes<T>, dvalues);
+  // Adds tile t's share for rows [begin, end) to `values` (nnz, in the order of the side) and
+  // `bias` (side.rows). dy: the packed tile; x_tile: side.cols x lanes of scratch. Blocks of x are
+  // packed right before their only use, where there is one.
+  void rows(int64_t t, const T* dy, const Matrix& x, T* x_tile, int64_t begin, int64_t end,
+            T* values, T* bias) const {
+    const bool once = end - begin <= tiling.chunk_rows;
+    if (!once) pack<S>(tiling, x, t, 0, side.cols, x_tile);
+    for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
+      const int64_t rows = least(tiling.chunk_rows, end - r);
+      with_vectors(tiling.vectors(t), [&](auto n) {
+        constexpr int NV = decltype(n)::value;
+        constexpr int64_t width = NV * kLanes<T>;
+        if (bias) sum_rows<T, NV>(dy + r * width, rows, bias + r);
+        for (int64_t b = 0; b < side.blocks; b++) {
+          const T* operand = once ? pack_block<S>(tiling, x, t, side, b, x_tile) : x_tile;
+          with_index(side, [&](auto* index) {
+            sddmm_block<T, NV, width>(side.begin_of(b) + r, side.end_of(b) + r, rows, index,
+                                      operand, dy + r * width, width, values);
+          });
+        }
       });
-    });
-  }
-  void clear() const {
-    __builtin_memset(dvalues, 0, sizeof(T) * side.nnz);
-    if (dbias) __builtin_memset(dbias, 0, sizeof(T) * side.rows);
+    }
   }
 };
 
-// The backward pass. dy is packed once for both products. Samples go in groups of tiles: all
-// workers pack, then each takes tiles of dx and rows of dvalues, so that no sum is ever shared.
-// product may be null (dx not wanted).
-template <class S>
-void backward(const Product<S>* product, const Gradient<S>& gradient, const Matrix& dy,
-              const Matrix& x, const Parallel& parallel) {
-  typedef Sum<S> T;
-  const Side& side = gradient.side;
-  const Tiling<T>& tiling = gradient.tiling;
-  gradient.clear();
-  if (!tiling.count) return;
-  const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
-  const int64_t group = workers == 1 ? 1 : least(tiling.count, kSharedTiles * workers);
-  const int64_t x_size = side.cols * tiling.lanes, dy_size = side.rows * tiling.lanes;
-  const int64_t chunk_size = tiling.chunk_rows * tiling.lanes;
-  Scratch<T> x_tiles(x_size * group), dy_tiles(dy_size * group);
-  Scratch<T> chunks(product ? chunk_size * workers : 0);
-  int64_t step = tiling.chunk_rows;
-  if (workers > 1) step = least(step, ceil_div(ceil_div(side.rows, 4 * workers), 16) * 16);
-  const int64_t x_parts = ceil_div(side.cols, kPackColumns);
-  const int64_t dy_parts = ceil_div(side.rows, kPackColumns);
-  const int64_t row_items = ceil_div(side.rows, step);
+// How the sums of the backward pass are cut. Tiles of samples fall into groups; a group's sums are
+// made apart and added to the others in order, so that workers share nothing, and the result is the
+// same whoever does what. So the number of groups must not depend on the workers.
+struct Grouping {
+  int64_t groups, parts;  // parts of the rows, where there are more workers than groups
 
-  for (int64_t t0 = 0; t0 < tiling.count; t0 += group) {
-    const int64_t n = least(tiling.count - t0, group);
-    auto pack_dy = [&](int64_t i) {
-      const int64_t t = i / dy_parts, c = i % dy_parts * kPackColumns;
-      pack<S>(tiling, dy, t0 + t, c, least(c + kPackColumns, side.rows),
-              dy_tiles.get() + t * dy_size);
-    };
-    auto pack_x = [&](int64_t i) {
-      const int64_t t = i / x_parts, c = i % x_parts * kPackColumns;
-      pack<S>(tiling, x, t0 + t, c, least(c + kPackColumns, side.cols), x_tiles.get() + t * x_size);
-    };
-    auto take_dx = [&](int worker, int64_t t) {
-      product->all_rows(t0 + t, dy_tiles.get() + t * dy_size, chunks.get() + worker * chunk_size);
-    };
-    auto take_dvalues = [&](int64_t i) {
-      const int64_t r = i * step, end = least(r + step, side.rows);
-      for (int64_t t = 0; t < n; t++) {
-        const int64_t width = tile_lanes<T>(tiling.vectors(t0 + t));
-        gradient.rows(t0 + t, dy_tiles.get() + t * dy_size + r * width, x_tiles.get() + t * x_size,
-                      r, end);
-      }
-    };
-    const int64_t dx_items = product ? n : 0;
-    if (workers == 1) {  // x is packed only when it is needed: both tiles may not fit L2
-      pack<S>(tiling, dy, t0, 0, side.rows, dy_tiles.get());
-      if (product) take_dx(0, 0);
-      pack<S>(tiling, x, t0, 0, side.cols, x_tiles.get());
-      for (int64_t i = 0; i < row_items; i++) take_dvalues(i);
-      continue;
-    }
-    share(parallel, workers, n * (dy_parts + x_parts), [&](int, int64_t i) {
-      if (i < n * dy_parts) return pack_dy(i);
-      pack_x(i - n * dy_parts);
-    });
-    share(parallel, workers, dx_items + row_items, [&](int worker, int64_t i) {
-      if (i < dx_items) return take_dx(worker, i);
-      take_dvalues(i - dx_items);
+  Grouping(int64_t batch, int64_t tiles, int workers) : groups(1) {
+    while (groups < kMostGroups && groups * 2 <= tiles && batch >= groups * 2 * kGroupSamples)
+      groups *= 2;
+    parts = ceil_div(workers, groups);
+  }
+};
+
+// The backward pass: for each group of tiles, and each part of the rows, dvalues and dbias, and dx
+// of every parts-th tile. product may be null (dx not wanted).
+template <class S>
+struct Backward {
+  typedef Sum<S> T;
+  const Product<S>* product;
+  const Gradient<S>& gradient;
+  const Matrix& dy;
+  const Matrix& x;
+
+  void run(const Parallel& parallel) const {
+    const Side& side = gradient.side;
+    const Tiling<T>& tiling = gradient.tiling;
+    if (!tiling.count) return clear(gradient.dvalues, gradient.dbias, 0, side.rows);
+    const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
+    const Grouping cut(tiling.batch, tiling.count, workers);
+    const bool apart = cut.groups > 1;
+    const int64_t x_size = side.cols * tiling.lanes, dy_size = side.rows * tiling.lanes;
+    const int64_t chunk_size = product ? tiling.chunk_rows * tiling.lanes : 0;
+    Scratch<T> x_tiles(x_size * workers), dy_tiles(dy_size * workers), chunks(chunk_size * workers);
+    Scratch<T> values(apart ? side.nnz * workers : 0), bias(apart ? side.rows * workers : 0);
+    OneByOne order(cut.parts);
+    share(parallel, workers, cut.groups * cut.parts, [&](int worker, int64_t i) {
+      const int64_t g = i / cut.parts, p = i % cut.parts;
+      const int64_t r0 = part_begin(side, p, cut.parts), r1 = part_begin(side, p + 1, cut.parts);
+      T* dvalues = g ? values.get() + worker * side.nnz : gradient.dvalues;
+      T* dbias = !gradient.dbias ? nullptr : g ? bias.get() + worker * side.rows : gradient.dbias;
+      clear(dvalues, dbias, r0, r1);
+      const int64_t end = tiling.count * (g + 1) / cut.groups;
+      for (int64_t t = tiling.count * g / cut.groups; t < end; t++)
+        tile(t, t % cut.parts == p, r0, r1, x_tiles.get() + worker * x_size,
+             dy_tiles.get() + worker * dy_size, chunks.get() + worker * chunk_size, dvalues, dbias);
+      order.wait(p, g);
+      if (g) add(dvalues, dbias, r0, r1);
+      order.done(p, g);
     });
   }
-}
+
+ private:
+  void tile(int64_t t, bool takes_dx, int64_t r0, int64_t r1, T* x_tile, T* dy_tile, T* chunk,
+            T* dvalues, T* dbias) const {
+    const Side& side = gradient.side;
+    const Tiling<T>& tiling = gradient.tiling;
+    const bool dx = product && takes_dx;
+    pack<S>(tiling, dy, t, dx ? 0 : r0, dx ? side.rows : r1, dy_tile);
+    if (dx) product->rows(t, dy_tile, 0, side.cols, chunk);
+    // x is packed only when it is needed: both tiles may not fit L2
+    gradient.rows(t, dy_tile, x, x_tile, r0, r1, dvalues, dbias);
+  }
+  void clear(T* dvalues, T* dbias, int64_t r0, int64_t r1) const {
+    const int32_t* begin = gradient.side.row_begin;
+    __builtin_memset(dvalues + begin[r0], 0, sizeof(T) * (begin[r1] - begin[r0]));
+    if (dbias) __builtin_memset(dbias + r0, 0, sizeof(T) * (r1 - r0));
+  }
+  void add(const T* dvalues, const T* dbias, int64_t r0, int64_t r1) const {
+    const int32_t* begin = gradient.side.row_begin;
+    for (int64_t k = begin[r0]; k < begin[r1]; k++) gradient.dvalues[k] += dvalues[k];
+    for (int64_t r = r0; dbias && r < r1; r++) gradient.dbias[r] += dbias[r];
+  }
+};
 
 template <class S>
 void linear_forward(const LinearForward& a) {
   typedef Sum<S> T;
-  const Side& side = a.plan->forward();
+  const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.x.rows, side.wide);
   const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
   spmm<S>({side, tiling, values.get(), bias.get(), static_cast<S*>(a.y)}, a.x, a.parallel);
@@ -302,15 +370,16 @@ void linear_forward(const LinearForward& a) {
 template <class S>
 void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling, const Product<S>* product) {
   typedef Sum<S> T;
-  const Side& side = a.plan->forward();
+  const Side& side = a.plan->forward(kTiles);
   S* dvalues = static_cast<S*>(a.dvalues);
   S* dbias = static_cast<S*>(a.dbias);
   if constexpr (sizeof(S) == sizeof(T)) {
-    backward<S>(product, {side, tiling, dvalues, dbias}, a.dy, a.x, a.parallel);
+    const Gradient<S> gradient{side, tiling, dvalues, dbias};
+    Backward<S>{product, gradient, a.dy, a.x}.run(a.parallel);
   } else {
     Scratch<T> values(side.nnz), bias(dbias ? side.rows : 0);
-    backward<S>(product, {side, tiling, values.get(), dbias ? bias.get() : nullptr}, a.dy, a.x,
-                a.parallel);
+    const Gradient<S> gradient{side, tiling, values.get(), dbias ? bias.get() : nullptr};
+    Backward<S>{product, gradient, a.dy, a.x}.run(a.parallel);
     for (int64_t k = 0; k < side.nnz; k++) narrow(values.get()[k], dvalues + k);
     for (int64_t r = 0; dbias && r < side.rows; r++) narrow(bias.get()[r], dbias + r);
   }
@@ -320,10 +389,10 @@ void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling, const Pr
 template <class S>
 void linear_backward(const LinearBackward& a) {
   typedef Sum<S> T;
-  const Side& side = a.plan->forward();
+  const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.dy.rows, side.wide);
   if (!a.dx) return grad_values<S>(a, tiling, nullptr);
-  const Side& transposed = a.plan->transposed();
+  const Side& transposed = a.plan->transposed(kTiles);
   Scratch<T> values(side.nnz);
   values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
   const Product<S> product{transposed, tiling, values.get(), nullptr, static_cast<S*>(a.dx)};

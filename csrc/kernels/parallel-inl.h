@@ -1,6 +1,8 @@
 // Sharing out work. No result may depend on which worker takes which item.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -55,6 +57,23 @@ void share(const Parallel& parallel, int workers, int64_t items, const Body& bod
       },
       &context);
 }
+
+// Lets the items of each of `parts` lines pass in order: wait(p, i) returns once done(p, i - 1) was
+// called. Items must be started in order, as `share` does; so the one waited for is under way.
+class OneByOne {
+ public:
+  explicit OneByOne(int64_t parts) : next_(parts) {
+    for (int64_t p = 0; p < parts; p++) next_.get()[p] = 0;
+  }
+  void wait(int64_t p, int64_t i) const {
+    for (int spins = 0; __atomic_load_n(next_.get() + p, __ATOMIC_ACQUIRE) != i; spins++)
+      if (spins > 1000) sched_yield();
+  }
+  void done(int64_t p, int64_t i) { __atomic_store_n(next_.get() + p, i + 1, __ATOMIC_RELEASE); }
+
+ private:
+  Scratch<int64_t> next_;
+};
 
 // Threads worth waking: a region costs about 2 us, the time of some 50,000 products.
 ST_INLINE int worth_waking(const Parallel& parallel, int64_t products) {

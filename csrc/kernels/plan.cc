@@ -17,21 +17,22 @@ double density_of(const Side& side) {
   return size > 0 ? static_cast<double>(side.nnz) / size : 0;
 }
 
-// Columns per block. A block of the packed tile should stay near L1 (192 columns x 4 vectors are
-// 24 KiB with 256-bit vectors, 48 with 512-bit ones) yet give each row enough nonzeros to pay for
-// loading and storing its sums. Measured on 768 -> 3072 (fraction of the L1 roofline, 512-bit):
-// 95 %: 192 columns 0.56, 768 columns 0.54; 98 %: 192 columns 0.46, 384 0.53, 768 0.52.
-int64_t count_blocks(const Side& side) {
+// A block of the packed tile should stay near L1, yet give each row enough nonzeros to pay for
+// loading and storing its sums.
+int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
-  int64_t width = side.wide ? kBlockColumns / 2 : kBlockColumns;
-  while (width < side.cols && width * density_of(side) < kNonzerosPerCell) width *= 2;
+  int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
+  while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
   return std::max<int64_t>(1, (side.cols + width / 2) / width);
 }
 
-template <class I>
-void cut(Side* side, const I* index) {
-  side->wide = density_of(*side) >= kWideDensity;
-  side->blocks = count_blocks(*side);
+void choose_blocks(Side* side, const TileRule& rule) {
+  side->wide = density_of(*side) >= rule.wide_density;
+  side->blocks = count_blocks(*side, rule);
+}
+
+// by rows. col: nnz columns in CSR order.
+void cut_rows(Side* side, const int32_t* col) {
   if (side->blocks == 1) return;
   side->cuts.reset(new int32_t[(side->blocks - 1) * side->rows]);
   for (int64_t r = 0; r < side->rows; r++) {
@@ -39,22 +40,52 @@ void cut(Side* side, const I* index) {
     const int32_t end = side->row_begin[r + 1];
     for (int64_t b = 1; b < side->blocks; b++) {
       const int64_t first = side->cols * b / side->blocks;
-      while (k < end && index[k] < first) k++;
+      while (k < end && col[k] < first) k++;
       side->cuts[(b - 1) * side->rows + r] = k;
     }
   }
 }
 
-template <class I>
-void transpose_into(const Pattern& p, int32_t* tcrow, I* tcol, int32_t* perm = nullptr,
-                    uint16_t* place = nullptr) {
+// by blocks. col as above.
+void count_cells(Side* side, const int32_t* col) {
+  if (side->blocks == 1) return;
+  const int64_t cells = side->blocks * side->rows;
+  side->cells.reset(new int32_t[cells + 1]());
+  int32_t* size = side->cells.get() + 1;
+  for (int64_t r = 0; r < side->rows; r++) {
+    int64_t b = 0, end = side->cols / side->blocks;
+    for (int32_t k = side->row_begin[r]; k < side->row_begin[r + 1]; k++) {
+      while (col[k] >= end) end = side->cols * (++b + 1) / side->blocks;
+      size[b * side->rows + r]++;
+    }
+  }
+  for (int64_t c = 0; c < cells; c++) size[c] += side->cells[c];
+}
+
+// out: nnz things of `by_row` (CSR order) in the order of the side.
+template <class I, class O>
+void lay_out(const Side& side, const I* by_row, O* out) {
+  if (!side.cells) {
+    for (int64_t k = 0; k < side.nnz; k++) out[k] = static_cast<O>(by_row[k]);
+    return;
+  }
+  for (int64_t r = 0; r < side.rows; r++) {
+    const I* from = by_row + side.row_begin[r];
+    for (int64_t b = 0; b < side.blocks; b++)
+      for (int32_t k = side.begin_of(b)[r]; k < side.end_of(b)[r]; k++)
+        out[k] = static_cast<O>(*from++);
+  }
+}
+
+void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* perm,
+                    uint16_t* place) {
   std::memset(tcrow, 0, sizeof(int32_t) * (p.cols + 1));
   for (int64_t k = 0; k < p.nnz; k++) tcrow[p.col[k] + 1]++;
   for (int64_t c = 0; c < p.cols; c++) tcrow[c + 1] += tcrow[c];
   for (int64_t r = 0; r < p.rows; r++) {
     for (int32_t k = p.crow[r]; k < p.crow[r + 1]; k++) {
       const int32_t at = tcrow[p.col[k]]++;
-      tcol[at] = static_cast<I>(r);
+      tcol[at] = static_cast<int32_t>(r);
       if (perm) perm[at] = k;
       if (place) place[at] = static_cast<uint16_t>(k - p.crow[r]);
     }
@@ -82,7 +113,7 @@ PatternCheck check_pattern(const Pattern& p) {
 }
 
 void transpose_pattern(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* perm) {
-  transpose_into(p, tcrow, tcol, perm);
+  transpose_into(p, tcrow, tcol, perm, nullptr);
 }
 
 Plan::Plan(const Pattern& pattern) : pattern_(pattern) {}
@@ -92,33 +123,35 @@ double Plan::density() const {
   return size > 0 ? static_cast<double>(pattern_.nnz) / size : 0;
 }
 
-const Side& Plan::forward() const {
-  std::call_once(forward_once_, [this] { build_forward(); });
+const Side& Plan::forward(const TileRule& rule) const {
+  std::call_once(forward_once_, [&] { build_forward(rule); });
   return forward_;
 }
 
-void Plan::build_forward() const {
+void Plan::build_forward(const TileRule& rule) const {
   const Pattern& p = pattern_;
   Side& side = forward_;
   side.rows = p.rows;
   side.cols = p.cols;
   side.nnz = p.nnz;
   side.row_begin = p.crow;
-  side.index32 = p.col;
-  cut(&side, p.col);
+  choose_blocks(&side, rule);
+  cut_rows(&side, p.col);
   if (p.cols <= kShortIndex) {
     side.index16.reset(new uint16_t[p.nnz]);
-    for (int64_t k = 0; k < p.nnz; k++) side.index16[k] = static_cast<uint16_t>(p.col[k]);
+    lay_out(side, p.col, side.index16.get());
+  } else {
+    side.index32 = p.col;
   }
   side_bytes_ += side.bytes();
 }
 
-const Side& Plan::transposed() const {
-  std::call_once(transposed_once_, [this] { build_transposed(); });
+const Side& Plan::transposed(const TileRule& rule) const {
+  std::call_once(transposed_once_, [&] { build_transposed(rule); });
   return transposed_;
 }
 
-void Plan::build_transposed() const {
+void Plan::build_transposed(const TileRule& rule) const {
   const Pattern& p = pattern_;
   Side& side = transposed_;
   trow_begin_.reset(new int32_t[p.cols + 1]);
@@ -126,18 +159,25 @@ void Plan::build_transposed() const {
   side.cols = p.rows;
   side.nnz = p.nnz;
   side.row_begin = trow_begin_.get();
+  const bool places = p.rows <= kShortIndex && p.cols <= kShortIndex;
+  std::unique_ptr<int32_t[]> by_row(new int32_t[p.nnz]);
+  std::unique_ptr<uint16_t[]> place(places ? new uint16_t[p.nnz] : nullptr);
+  transpose_into(p, trow_begin_.get(), by_row.get(), nullptr, place.get());
+  choose_blocks(&side, rule);
+  count_cells(&side, by_row.get());
   if (p.rows <= kShortIndex) {
     side.index16.reset(new uint16_t[p.nnz]);
-    if (p.cols <= kShortIndex) side.place16.reset(new uint16_t[p.nnz]);
-    transpose_into(p, trow_begin_.get(), side.index16.get(), nullptr, side.place16.get());
-    cut(&side, side.index16.get());
+    lay_out(side, by_row.get(), side.index16.get());
   } else {
-    tindex32_.reset(new int32_t[p.nnz]);
-    transpose_into(p, trow_begin_.get(), tindex32_.get());
-    side.index32 = tindex32_.get();
-    cut(&side, side.index32);
+    side.own32.reset(new int32_t[p.nnz]);
+    lay_out(side, by_row.get(), side.own32.get());
+    side.index32 = side.own32.get();
   }
-  side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1 + (tindex32_ ? p.nnz : 0));
+  if (places) {
+    side.place16.reset(new uint16_t[p.nnz]);
+    lay_out(side, place.get(), side.place16.get());
+  }
+  side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1);
 }
 
 const uint8_t* Plan::bits() const {

@@ -12,12 +12,25 @@ template <class T, int NV, int Unit, int G, class I>
 ST_INLINE void sddmm_group(const Vec<T>* dy, const I* index, const T* x, T* dvalues) {
   constexpr int w = kLanes<T>;
   Vec<T> sum[G];
-  ST_UNROLL
-  for (int g = 0; g < G; g++) {
-    const T* p = x + static_cast<int64_t>(index[g]) * Unit;
-    sum[g] = dy[0] * load<T>(p);
+  auto product = [&](int64_t at) __attribute__((always_inline)) {
+    const T* p = x + at * Unit;
+    Vec<T> s = dy[0] * load<T>(p);
     ST_UNROLL
-    for (int v = 1; v < NV; v++) sum[g] += dy[v] * load<T>(p + v * w);
+    for (int v = 1; v < NV; v++) s += dy[v] * load<T>(p + v * w);
+    return s;
+  };
+  if constexpr (G % 4 == 0) {
+    ST_UNROLL
+    for (int g = 0; g < G; g += 4) {
+      const FourIndices<I> at(index + g);
+      sum[g] = product(at.template get<0>());
+      sum[g + 1] = product(at.template get<1>());
+      sum[g + 2] = product(at.template get<2>());
+      sum[g + 3] = product(at.template get<3>());
+    }
+  } else {
+    ST_UNROLL
+    for (int g = 0; g < G; g++) sum[g] = product(index[g]);
   }
   add_sums<T, G>(sum, dvalues);
 }
@@ -40,11 +53,10 @@ void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end,
     Vec<T> d[NV];
     ST_UNROLL
     for (int v = 0; v < NV; v++) d[v] = load<T>(dy + v * w);
-    for (; k + 8 <= stop; k += 8) sddmm_group<T, NV, Unit, 8>(d, index + k, x, dvalues + k);
-    if (k + 4 <= stop) {
-      sddmm_group<T, NV, Unit, 4>(d, index + k, x, dvalues + k);
-      k += 4;
+    if constexpr (NV <= kNarrowTile || kManyRegisters) {
+      for (; k + 8 <= stop; k += 8) sddmm_group<T, NV, Unit, 8>(d, index + k, x, dvalues + k);
     }
+    for (; k + 4 <= stop; k += 4) sddmm_group<T, NV, Unit, 4>(d, index + k, x, dvalues + k);
     for (; k < stop; k++) sddmm_group<T, NV, Unit, 1>(d, index + k, x, dvalues + k);
   }
 }

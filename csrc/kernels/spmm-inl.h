@@ -44,7 +44,20 @@ void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, 
     prefetch_run(index, values, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
-    for (; k + chains <= stop; k += chains) {
+    auto add = [&](Vec<T>* into, int64_t at, Vec<T> value) __attribute__((always_inline)) {
+      const T* p = x + at * Unit;
+      ST_UNROLL
+      for (int v = 0; v < NV; v++) into[v] += value * load<T>(p + v * w);
+    };
+    for (; k + 4 <= stop; k += 4) {
+      const FourIndices<I> at(index + k);
+      const Four<T> value(values + k);
+      add(sum[0], at.template get<0>(), value.template spread<0>());
+      add(sum[1 % chains], at.template get<1>(), value.template spread<1>());
+      add(sum[2 % chains], at.template get<2>(), value.template spread<2>());
+      add(sum[3 % chains], at.template get<3>(), value.template spread<3>());
+    }
+    for (; chains < 4 && k + chains <= stop; k += chains) {
       ST_UNROLL
       for (int h = 0; h < chains; h++) {
         const T* p = x + static_cast<int64_t>(index[k + h]) * Unit;
