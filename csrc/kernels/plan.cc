@@ -96,6 +96,22 @@ void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* pe
 
 }  // namespace
 
+const int32_t* Side::begin_of(int64_t b) const {
+  if (cells) return cells.get() + b * rows;
+  if (b == 0) return row_begin;
+  if (b == blocks) return row_begin + 1;
+  return cuts.get() + (b - 1) * rows;
+}
+const int32_t* Side::end_of(int64_t b) const {
+  return cells ? cells.get() + b * rows + 1 : begin_of(b + 1);
+}
+size_t Side::bytes() const {
+  return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) +
+         (cells ? sizeof(int32_t) * (blocks * rows + 1) : 0) +
+         (index16 ? sizeof(uint16_t) * nnz : 0) + (place16 ? sizeof(uint16_t) * nnz : 0) +
+         (own32 ? sizeof(int32_t) * nnz : 0);
+}
+
 PatternCheck check_pattern(const Pattern& p) {
   if (p.crow[0] != 0) return {PatternFault::crow_start, 0};
   for (int64_t r = 0; r < p.rows; r++)

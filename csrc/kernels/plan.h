@@ -34,21 +34,10 @@ struct Side {
   std::unique_ptr<uint16_t[]> place16;
 
   // rows entries each: the cell of row r and block b is [begin_of(b)[r], end_of(b)[r])
-  const int32_t* begin_of(int64_t b) const {
-    if (cells) return cells.get() + b * rows;
-    if (b == 0) return row_begin;
-    if (b == blocks) return row_begin + 1;
-    return cuts.get() + (b - 1) * rows;
-  }
-  const int32_t* end_of(int64_t b) const {
-    return cells ? cells.get() + b * rows + 1 : begin_of(b + 1);
-  }
-  size_t bytes() const {
-    return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) +
-           (cells ? sizeof(int32_t) * (blocks * rows + 1) : 0) +
-           (index16 ? sizeof(uint16_t) * nnz : 0) + (place16 ? sizeof(uint16_t) * nnz : 0) +
-           (own32 ? sizeof(int32_t) * nnz : 0);
-  }
+  // (Not inline: instruction sets would share their code.)
+  const int32_t* begin_of(int64_t b) const;
+  const int32_t* end_of(int64_t b) const;
+  size_t bytes() const;
 };
 
 struct ConvSide;  // conv_plan.h
