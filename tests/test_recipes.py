@@ -26,7 +26,7 @@ from sparsetrain.recipes.checkpoint import (
     unpack_mask,
     write_atomically,
 )
-from sparsetrain.recipes.engine import Lane, Schedule
+from sparsetrain.recipes.engine import History, Lane, Schedule
 from sparsetrain.recipes.errors import InputError
 from sparsetrain.recipes.progress import Progress
 from sparsetrain.recipes.pruning import RAMP, apply_masks, cubic_sparsity, magnitude_masks
@@ -329,6 +329,14 @@ def test_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 999}, path)
     with pytest.raises(InputError, match="format 1"):
         load_checkpoint(path)
+
+
+def test_training_time_leaves_out_interruptions() -> None:
+    history = History(seconds=[1.0] * 40 + [0.5] * 40)
+    history.seconds[20] = 600.0
+    passed = history.elapsed()
+    assert passed[:3] == [0.0, 1.0, 2.0]
+    assert passed[-1] == 60.0
 
 
 def test_schedule_covers_every_sample_once_per_epoch() -> None:

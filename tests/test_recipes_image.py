@@ -190,6 +190,9 @@ def test_retime_changes_the_step_times_alone(
     assert (out / "checkpoint.pt").read_bytes() == before
     assert learned(again) == learned(report)
     assert again["timing"]["steps"] == 24
+    lane = again["lanes"]["dense"]
+    assert lane["training_seconds"] == lane["curve"][-1]["seconds"]
+    assert lane["training_seconds"] == pytest.approx(30 * lane["seconds_per_step"])
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(again))
     with pytest.raises(InputError, match=r"sparsity=0\.9, now it is 0\.8"):
         image.run(options(data, out, retime=True, sparsity=0.8), Progress(quiet=True))

@@ -39,16 +39,15 @@ def section(report: dict[str, Any]) -> str:
         row("bytes of kernel plans", "plan_bytes", lambda x: f"{x / 1e6:.2f} MB"),
         row("bytes of optimizer state", "optimizer_bytes", lambda x: f"{x / 1e6:.2f} MB"),
     ]
-    whole = report["machine"]
-    timed = report.get("timing", {}).get("machine", whole)
+    timed = report.get("timing", report)["machine"]
+    twin = "dense, masked" if dense["masked"] else "dense"
     return (
-        table(["", "dense, masked" if dense["masked"] else "dense", "sparse"], rows)
-        + f"\n\nSparse steps are **{report['speedup']:.2f} times faster** at the final sparsity "
-        f"({timed['threads']} threads), all of the training "
-        f"{report['training_speedup']:.2f} times ({whole['threads']} thread"
-        f"{'s' if whole['threads'] > 1 else ''}); accuracy "
-        f"{100 * report['accuracy_difference']:+.2f} points. {whole['cpu']}, torch "
-        f"{whole['torch']}, {report['run']['steps']} steps of {report['run']['batch']} images."
+        table(["", twin, "sparse"], rows)
+        + f"\n\nSparse steps are **{report['speedup']:.2f} times faster** at the final sparsity, "
+        f"all of the training {report['training_speedup']:.2f} times; accuracy "
+        f"{100 * report['accuracy_difference']:+.2f} points.\n{timed['cpu']}, "
+        f"{timed['threads']} threads, torch {timed['torch']}, {report['run']['steps']} steps of "
+        f"{report['run']['batch']} images."
     )
 
 

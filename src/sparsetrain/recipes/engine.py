@@ -7,6 +7,8 @@ stopped, without any random state in its checkpoint.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,6 +99,12 @@ class Schedule:
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
+def running_medians(values: Sequence[float], width: int = 25) -> list[float]:
+    """The median of each value and its `width` // 2 neighbours on either side."""
+    half = width // 2
+    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
 @dataclass
 class History:
     """What a lane has done so far. Seconds are of whole steps: forward, backward, optimizer.
@@ -115,6 +123,14 @@ class History:
         """Median time of the steps from `since` on; the first two (plans) do not count."""
         timed = sorted(self.seconds[since + 2 :] or self.seconds)
         return timed[len(timed) // 2] if timed else float("nan")
+
+    def elapsed(self) -> list[float]:
+        """Training seconds up to each step, from 0 on: the sum of running medians of step times.
+
+        A minute in which the machine did something else, or the process was suspended, does not
+        count.
+        """
+        return [0.0, *itertools.accumulate(running_medians(self.seconds))]
 
 
 class Sparsifier(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from sparsetrain.recipes.checkpoint import write_atomically
-from sparsetrain.recipes.engine import Lane, tensor_bytes
+from sparsetrain.recipes.engine import Lane, running_medians, tensor_bytes
 from sparsetrain.recipes.session import (
     AGREEMENT_STEPS,
     AGREEMENT_TOLERANCE,
@@ -49,18 +50,18 @@ def lane_report(lane: Lane, names: list[str], steady: int) -> dict[str, Any]:
     names: the layers that were pruned; steady: steps after which no lane's nonzeros changed in
     number, from which the step time is taken.
     """
-    history = lane.history
+    history, passed = lane.history, lane.history.elapsed()
     modules = [lane.model.get_submodule(name) for name in names]
     weights = sum(tensor_bytes(module.state_dict()) for module in modules)
     return {
         "seconds_per_step": history.median_seconds(steady),
-        "training_seconds": sum(history.seconds),
+        "training_seconds": passed[-1],
         "mask_seconds_per_step": statistics.median(history.mask_seconds or [0.0]),
         "accuracy": history.evaluations[-1][2],
         "masked": bool(lane.masks),
         "curve": [
-            {"step": step, "seconds": seconds, "accuracy": accuracy}
-            for step, seconds, accuracy in history.evaluations
+            {"step": step, "seconds": passed[step], "accuracy": accuracy}
+            for step, _, accuracy in history.evaluations
         ],
         "losses": history.losses,
         "weight_bytes": weights,
@@ -98,16 +99,33 @@ def build_report(lanes: list[Lane], names: list[str], run: Mapping[str, Any]) ->
 
 
 def timing(lanes: list[Lane], report: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes in `report` when the last TIMED_STEPS steps of `lanes` are its step times."""
+    """What changes in `report` when the last TIMED_STEPS steps of `lanes` are its step times.
+
+    The time of the training follows: the last lane, if dense, takes the new time for each step, the
+    other as much of it as it took of the dense lane's step beside it when they were trained.
+    """
     by_name = {name: dict(lane) for name, lane in report["lanes"].items()}
-    for lane in lanes:
-        since = len(lane.history.seconds) - TIMED_STEPS
-        by_name[lane.name]["seconds_per_step"] = lane.history.median_seconds(since)
+    timed = [lane.history.seconds[-TIMED_STEPS:] for lane in lanes]
+    before = [lane.history.seconds[:-TIMED_STEPS] for lane in lanes]
+    seconds = [statistics.median(times[2:]) for times in timed]
+    steady = max(lane.history.steady for lane in lanes)
+    for lane, own, new in zip(lanes, before, seconds, strict=True):
+        if len(lanes) > 1:
+            shares = [a / b for a, b in zip(own, before[-1], strict=True)]
+            unit = seconds[-1]
+        else:
+            shares, unit = own, new / statistics.median(own[steady:] or own)
+        passed = [0.0, *itertools.accumulate(unit * x for x in running_medians(shares))]
+        changes = by_name[lane.name]
+        changes["seconds_per_step"] = new
+        changes["training_seconds"] = passed[-1]
+        changes["curve"] = [p | {"seconds": passed[p["step"]]} for p in changes["curve"]]
     changed: dict[str, Any] = {"lanes": by_name}
     changed["timing"] = {"machine": machine(), "steps": TIMED_STEPS}
     if "dense" in by_name:
         dense, sparse = by_name["dense"], by_name["sparse"]
         changed["speedup"] = dense["seconds_per_step"] / sparse["seconds_per_step"]
+        changed["training_speedup"] = dense["training_seconds"] / sparse["training_seconds"]
     return changed
 
 
@@ -131,7 +149,8 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.plot(seconds, accuracy, marker="o", markersize=4, label=name)
     axes.set_xlabel("training time [s], evaluation excluded")
     axes.set_ylabel("test accuracy [%]")
-    axes.set_title(f"{report['run']['title']}, {report['machine']['threads']} threads")
+    threads = report.get("timing", report)["machine"]["threads"]
+    axes.set_title(f"{report['run']['title']}, {threads} thread{'s' if threads > 1 else ''}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
