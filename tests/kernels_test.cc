@@ -3,6 +3,7 @@
 //   kernels_test --quick   without the largest ones (for emulators and sanitizers)
 // Needs no torch. Prints each failure and a closing line; returns 1 if anything failed.
 #include "kernels_test.h"
+#include "topology.h"
 
 namespace {
 
@@ -245,6 +246,64 @@ void transpose_is_an_involution() {
   }
 }
 
+void a_changed_pattern_keeps_and_grows() {
+  Random random{8};
+  for (int64_t rows : {0, 1, 17, 60}) {
+    for (int64_t cols : {0, 1, 16, 70}) {
+      for (double density : {0.0, 0.3, 1.0}) {
+        const TestPattern pattern(&random, rows, cols, density, false);
+        const Pattern& p = pattern.view;
+        std::vector<uint8_t> drop(p.nnz);
+        std::vector<int32_t> old(rows * cols, -1);  // where each position was, -1 if it is free
+        reference::for_each_nonzero(p, [&](int64_t r, int64_t c, int64_t k) {
+          drop[k] = (k * 7 + r) % 3 == 0;
+          old[r * cols + c] = static_cast<int32_t>(k);
+        });
+        std::vector<int64_t> grown;
+        for (int64_t i = 0; i < rows * cols; i++)
+          if ((old[i] < 0 || drop[old[i]]) && (i * 5) % 4 == 0) grown.push_back(i);
+        const int64_t n = count_kept(p, drop.data()) + static_cast<int64_t>(grown.size());
+        std::vector<int32_t> crow(rows + 1), col(n), source(n);
+        auto change = [&](const std::vector<int64_t>& g) {
+          return change_pattern(p, drop.data(), g.data(), static_cast<int64_t>(g.size()),
+                                crow.data(), col.data(), source.data());
+        };
+        bool ok = change(grown).fault == GrowthFault::none;
+        const Pattern made{rows, cols, n, crow.data(), col.data()};
+        ok &= check_pattern(made).fault == PatternFault::none;
+        size_t newcomers = 0;
+        reference::for_each_nonzero(made, [&](int64_t r, int64_t c, int64_t k) {
+          const int32_t before = old[r * cols + c];
+          if (source[k] >= 0) {
+            ok &= source[k] == before && !drop[before];
+          } else {
+            ok &= newcomers < grown.size() && grown[newcomers++] == r * cols + c;
+          }
+        });
+        ok &= newcomers == grown.size();
+        if (grown.size() > 1) {
+          std::swap(grown[0], grown[1]);
+          const GrowthCheck found = change(grown);
+          ok &= found.fault == GrowthFault::not_increasing && found.where == 1;
+          grown = {rows * cols};
+          ok &= change(grown).fault == GrowthFault::out_of_range;
+        }
+        for (int64_t i = 0; i < rows * cols && n > 0; i++) {
+          if (old[i] < 0 || drop[old[i]]) continue;
+          grown = {i};
+          std::vector<int32_t> more(p.nnz + 1), from(p.nnz + 1);
+          const GrowthCheck found = change_pattern(p, drop.data(), grown.data(), 1, crow.data(),
+                                                   more.data(), from.data());
+          ok &= found.fault == GrowthFault::already_there && found.where == 0;
+          break;
+        }
+        check(ok, "a_changed_pattern_keeps_and_grows " + std::to_string(rows) + "x" +
+                      std::to_string(cols));
+      }
+    }
+  }
+}
+
 void instruction_sets_are_chosen_by_name() {
   const KernelTable* first = nullptr;
   for (const KernelTable* const* t = kKernelTables; *t; t++) {
@@ -289,6 +348,7 @@ int main(int argc, char** argv) {
 
   faults_are_found();
   transpose_is_an_involution();
+  a_changed_pattern_keeps_and_grows();
   instruction_sets_are_chosen_by_name();
   a_corrupted_nonzero_is_noticed();
   non_finite_samples_stay_alone();

@@ -8,6 +8,9 @@ from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
 from sparsetrain.pattern import SparsePattern
+from sparsetrain.sparsify import schedules
+from sparsetrain.sparsify.algorithms import ACDC, GMP, MEST, SET, RigL, Static, TopKAST
+from sparsetrain.sparsify.base import Sparsifier
 from sparsetrain.tune import Plans, load_plans, tune
 
 try:
@@ -16,12 +19,21 @@ except _metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ACDC",
+    "GMP",
+    "MEST",
+    "SET",
     "Plans",
+    "RigL",
     "SparsePattern",
+    "Sparsifier",
+    "Static",
+    "TopKAST",
     "__version__",
     "load_plans",
     "load_state_dict",
     "nn",
+    "schedules",
     "sparse_conv",
     "sparse_linear",
     "sparsify",

@@ -257,6 +257,14 @@ def _batched(
         x = pad(x, geometry.extra, geometry.mode)
     kernel_size, stride, padding, dilation, groups = geometry[:5]
     topology = (pattern.crow_indices, pattern.col_indices, pattern.key)
+    rows, cols = pattern.shape
+    if 0 < pattern.nnz == rows * cols == values.size(0) and x.dtype is not torch.bfloat16:
+        weight = values.view(rows, x.size(1) // groups, *kernel_size)  # nothing is left out
+        zero = (0,) * len(kernel_size)
+        dense: Tensor = torch.convolution(
+            x, weight, bias, stride, padding, dilation, False, zero, groups
+        )
+        return dense.contiguous()
     if len(kernel_size) > 1:
         return conv(x, values, bias, *topology, kernel_size, stride, padding, dilation, groups)
     window = ((1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation), groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,13 @@ from sparsetrain.nn import _state
 from sparsetrain.pattern import SparsePattern, flat_shape
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Recorder(Protocol):
+    """What is told of a layer's inputs and outputs."""
+
+    def saw(self, input: Tensor, output: Tensor) -> None: ...
+
 
 _Layer = TypeVar("_Layer", bound="SparseLayer")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -31,6 +38,9 @@ class SparseLayer(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     _pattern: SparsePattern
+    # Set on an instance by sparse-training algorithms, for as long as they need it:
+    _active: Tensor | None = None  # bool (nnz,): the forward pass sees zero for the others
+    _recorder: Recorder | None = None  # sees each input, and later the gradient of its output
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -118,7 +128,20 @@ class SparseLayer(nn.Module):
 
         Gradients flow back into `values`; writing into it changes nothing.
         """
-        return self._pattern.dense(self.values).view(self.weight_shape)
+        return self._pattern.dense(self._forward_values()).view(self.weight_shape)
+
+    def _forward_values(self) -> Tensor:
+        """The values (nnz,) that the forward pass uses; gradients reach all of `values`."""
+        values = self.values
+        if self._active is None:
+            return values
+        return values + (torch.where(self._active, values, 0.0) - values).detach()
+
+    def _recorded(self, input: Tensor, output: Tensor) -> Tensor:
+        """`output`, shown to the recorder if there is one."""
+        if self._recorder is not None:
+            self._recorder.saw(input, output)
+        return output
 
     @property
     def nnz(self) -> int:

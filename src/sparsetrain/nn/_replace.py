@@ -32,6 +32,8 @@ _REFUSED = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# What belongs to the weight of the old layer, not to its place.
+_OWN = ("weight", "_pattern", "_active", "_recorder")
 
 
 @dataclass(frozen=True)
@@ -178,5 +180,5 @@ def _carry(replacement: Replacement, memo: dict[int, Any] | None) -> None:
     for name, value in hooks.items():
         object.__setattr__(new, name, own(value))
     for name, value in vars(old).items():
-        if name not in vars(new) and name not in ("weight", "_pattern"):
+        if name not in vars(new) and name not in _OWN:
             object.__setattr__(new, name, own(value))

@@ -149,9 +149,9 @@ class _SparseConv(SparseLayer):
         Raises:
             TypeError, ValueError: an input that does not fit; see conv_ops.sparse_conv.
         """
-        return sparse_conv(
+        y = sparse_conv(
             input,
-            self.values,
+            self._forward_values(),
             self.bias,
             self._pattern,
             kernel_size=self.kernel_size,
@@ -161,6 +161,7 @@ class _SparseConv(SparseLayer):
             groups=self.groups,
             padding_mode=self.padding_mode,
         )
+        return self._recorded(input, y)
 
     def extra_repr(self) -> str:
         n = self.dimensions

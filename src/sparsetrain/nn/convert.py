@@ -83,20 +83,14 @@ def sparsify(
     sparsity = check_sparsity(sparsity)
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {_options(CRITERIA)}; got {criterion!r}")
-    _check_distribution(distribution)
+    check_distribution(distribution)
     chosen = select(model, tuple(SPARSE_TYPES), include, exclude)
-    check_replaceable(model, chosen, inplace)
-    for place in chosen:
-        if is_pruned(place.module):
-            raise ValueError(
-                f"layer {place.name} is already pruned by torch.nn.utils.prune: keep its mask with "
-                "sparsetrain.to_sparse, or drop the mask with prune.remove(layer, 'weight')"
-            )
-        _check_weight(place)
-    masks = _masks(chosen, sparsity, distribution, criterion, generator)
+    check_prunable(model, chosen, inplace)
     made = [
-        Replacement(place, _sparse_type(place).from_dense(place.module, mask))
-        for place, mask in zip(chosen, masks, strict=True)
+        Replacement(place, sparse_type(place).from_dense(place.module, mask))
+        for place, mask in zip(
+            chosen, masks(chosen, sparsity, distribution, criterion, generator), strict=True
+        )
     ]
     return replace(model, made, inplace)  # type: ignore[return-value]
 
@@ -141,7 +135,7 @@ def to_sparse(
     check_replaceable(model, chosen, inplace)
     for place in chosen:
         _check_weight(place)
-    made = [Replacement(p, _sparse_type(p).from_dense(p.module)) for p in chosen]
+    made = [Replacement(p, sparse_type(p).from_dense(p.module)) for p in chosen]
     for item in made:
         if isinstance(item.new, SparseLayer) and item.new.nnz == 0:
             warnings.warn(
@@ -172,11 +166,23 @@ def to_dense(model: _Model, *, inplace: bool = False) -> _Model:
     return replace(model, made, inplace)  # type: ignore[return-value]
 
 
+def check_prunable(model: nn.Module, chosen: Sequence[Place], inplace: bool) -> None:
+    """Raises, as `sparsify` does, where a dense layer cannot be pruned and replaced."""
+    check_replaceable(model, chosen, inplace)
+    for place in chosen:
+        if is_pruned(place.module):
+            raise ValueError(
+                f"layer {place.name} is already pruned by torch.nn.utils.prune: keep its mask with "
+                "sparsetrain.to_sparse, or drop the mask with prune.remove(layer, 'weight')"
+            )
+        _check_weight(place)
+
+
 def _options(table: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in table)
 
 
-def _sparse_type(place: Place) -> type[SparseLayer]:
+def sparse_type(place: Place) -> type[SparseLayer]:
     return SPARSE_TYPES[type(place.module)]
 
 
@@ -205,7 +211,7 @@ def _zero_fraction(place: Place) -> float:
     return 1.0 - kept / weight.numel()
 
 
-def _check_distribution(distribution: Any) -> None:
+def check_distribution(distribution: Any) -> None:
     if isinstance(distribution, Mapping):
         for name, value in distribution.items():
             if not isinstance(name, str):
@@ -218,7 +224,7 @@ def _check_distribution(distribution: Any) -> None:
         )
 
 
-def _masks(
+def masks(
     chosen: Sequence[Place],
     sparsity: float,
     distribution: str | Mapping[str, float],
@@ -236,11 +242,20 @@ def _masks(
     if distribution == "global":
         return _global_masks(chosen, [score(place) for place in chosen], sparsity)
     shapes = [tuple(dense_weight(place.module)[0].shape) for place in chosen]
+    wanted = counts(chosen, shapes, sparsity, distribution)
+    return [keep_top(score(place), count) for place, count in zip(chosen, wanted, strict=True)]
+
+
+def counts(
+    chosen: Sequence[Place],
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: float,
+    distribution: str | Mapping[str, float],
+) -> list[int]:
+    """How many weights each layer keeps, for every distribution but "global"."""
     if isinstance(distribution, Mapping):
-        counts = _counts_by_name(chosen, shapes, sparsity, distribution)
-    else:
-        counts = DISTRIBUTIONS[distribution](shapes, sparsity)
-    return [keep_top(score(place), count) for place, count in zip(chosen, counts, strict=True)]
+        return _counts_by_name(chosen, shapes, sparsity, distribution)
+    return DISTRIBUTIONS[distribution](shapes, sparsity)
 
 
 def _global_masks(
@@ -249,7 +264,7 @@ def _global_masks(
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
     together = torch.cat([score.reshape(-1).to(dtype) for score in scores])
     kept = keep_top(together, nonzeros_for(together.numel(), sparsity))
-    masks, start = [], 0
+    result, start = [], 0
     for place, score in zip(chosen, scores, strict=True):
         mask = kept[start : start + score.numel()].view(score.shape)
         if not bool(mask.any()):
@@ -257,9 +272,9 @@ def _global_masks(
                 f"distribution 'global' at sparsity {sparsity} would leave layer {place.name} "
                 f"without any weight: exclude={place.name!r}, lower the sparsity, or use 'erk'"
             )
-        masks.append(mask)
+        result.append(mask)
         start += score.numel()
-    return masks
+    return result
 
 
 def _counts_by_name(
@@ -269,15 +284,15 @@ def _counts_by_name(
     table: Mapping[str, float],
 ) -> list[int]:
     unused = set(table)
-    counts = []
+    found = []
     for place, shape in zip(chosen, shapes, strict=True):
         matching = [k for k in table if any(_name_matches(k, name) for name in place.names)]
         unused -= set(matching)
         share = float(table[matching[0]]) if matching else sparsity
-        counts.append(nonzeros_for(torch.Size(shape).numel(), share))
+        found.append(nonzeros_for(torch.Size(shape).numel(), share))
     if unused:
         raise ValueError(
             f"distribution names {_options(dict.fromkeys(sorted(unused)))}, which matches no layer "
             f"to convert; the layers are: {', '.join(p.name for p in chosen)}"
         )
-    return counts
+    return found
