@@ -650,7 +650,7 @@ def test_wrong_arguments(model):
             lambda m, inplace: sparsify(m, 0.5, inplace=inplace, **kwargs), model, message, error
         )
 
-    refuses("criterion must be one of 'magnitude', 'random'; got 'size'", criterion="size")
+    refuses("criterion must be one of 'magnitude', 'random' or a dict", criterion="size")
     refuses("distribution must be one of 'uniform', 'erk', 'global'", distribution="even")
     refuses("distribution must be one of", distribution=None)
     refuses(r"distribution names 'heads', which matches no", distribution={"heads": 0.5})

@@ -111,9 +111,7 @@ def test_random_inactive_places_are_free_distinct_and_reproducible(kind):
 
 
 def test_random_inactive_is_uniform():
-    pattern = SparsePattern.from_mask(
-        torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) < 0.3
-    )
+    pattern = SparsePattern.random((10, 10), 0.7, seed=1)
     free = inactive_count(pattern)
     generator = torch.Generator().manual_seed(2)
     for count in (free // 5, free // 2):  # both ways of drawing

@@ -8,7 +8,7 @@ from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
 from sparsetrain.pattern import SparsePattern
-from sparsetrain.sparsify import schedules
+from sparsetrain.sparsify import schedules, scores
 from sparsetrain.sparsify.algorithms import ACDC, GMP, MEST, SET, RigL, Static, TopKAST
 from sparsetrain.sparsify.base import Sparsifier
 from sparsetrain.tune import Plans, load_plans, tune
@@ -34,6 +34,7 @@ __all__ = [
     "load_state_dict",
     "nn",
     "schedules",
+    "scores",
     "sparse_conv",
     "sparse_linear",
     "sparsify",

@@ -38,7 +38,7 @@ def sparsify(
     sparsity: float,
     *,
     distribution: str | Mapping[str, float] = "uniform",
-    criterion: str = "magnitude",
+    criterion: str | Mapping[str, Tensor] = "magnitude",
     include: Selection = None,
     exclude: Selection = None,
     generator: torch.Generator | None = None,
@@ -54,7 +54,8 @@ def sparsify(
             scores of all layers together. A dict from layer names (or globs) to sparsities: the
             first that matches counts, `sparsity` for the others.
         criterion: which weights stay. "magnitude": the largest (Han et al. 2015), among equals the
-            first. "random": any.
+            first. "random": any. A dict from layer names to scores of the weights' shapes: the
+            highest, for instance by SNIP or Wanda (sparsetrain.scores).
         include, exclude: which layers; a name, a glob over names ("encoder.*.dense"), a module
             type, a predicate over (name, module), or a list of these. A name also stands for
             everything below it. Default: every layer that can be converted.
@@ -81,8 +82,11 @@ def sparsify(
             its weight or state_dict, another device or dtype. Everything is as it was.
     """
     sparsity = check_sparsity(sparsity)
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {_options(CRITERIA)}; got {criterion!r}")
+    if not isinstance(criterion, Mapping) and criterion not in CRITERIA:
+        raise ValueError(
+            f"criterion must be one of {_options(CRITERIA)} or a dict from layer names to scores; "
+            f"got {criterion!r}"
+        )
     check_distribution(distribution)
     chosen = select(model, tuple(SPARSE_TYPES), include, exclude)
     check_prunable(model, chosen, inplace)
@@ -228,12 +232,14 @@ def masks(
     chosen: Sequence[Place],
     sparsity: float,
     distribution: str | Mapping[str, float],
-    criterion: str,
+    criterion: str | Mapping[str, Tensor],
     generator: torch.Generator | None,
 ) -> list[Tensor]:
     """What each layer keeps: bool, of its weight's shape."""
 
     def score(place: Place) -> Tensor:
+        if isinstance(criterion, Mapping):
+            return _given_scores(place, criterion)
         try:
             return CRITERIA[criterion](dense_weight(place.module)[0], generator)
         except ValueError as error:
@@ -256,6 +262,25 @@ def counts(
     if isinstance(distribution, Mapping):
         return _counts_by_name(chosen, shapes, sparsity, distribution)
     return DISTRIBUTIONS[distribution](shapes, sparsity)
+
+
+def _given_scores(place: Place, table: Mapping[str, Tensor]) -> Tensor:
+    shape = tuple(dense_weight(place.module)[0].shape)
+    scores = next((table[name] for name in place.names if name in table), None)
+    if scores is None:
+        raise ValueError(
+            f"criterion has no scores for layer {place.name}; it has some for: "
+            f"{', '.join(table)}. Add them, or exclude={place.name!r}"
+        )
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"criterion: the scores of layer {place.name} must have its weight's shape {shape}; "
+            f"got {got}"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError(f"criterion: the scores of layer {place.name} hold NaN")
+    return scores.detach().to(torch.float64)
 
 
 def _global_masks(

@@ -120,10 +120,10 @@ class Sparsifier:
         self._callbacks: list[Callable[[Sparsifier], Any]] = []
         start = self._initial(initial)
         wishes = Wishes(sparsity, distribution, include, exclude, start, self.prunes)
-        before = [p.numel() for p in module.parameters()]
+        before = [(id(p), p.numel()) for p in module.parameters()]
         self.distribution = distribution
         self.layers = prepare(module, optimizer, wishes, self.generator, self._ranks)
-        if [p.numel() for p in module.parameters()] != before:
+        if [(id(p), p.numel()) for p in module.parameters()] != before:
             self._ranks.refit()
         self._ranks.check_same(self._fingerprints(), "the topology")
         for layer in self.layers:
