@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
 
-__all__ = ["DTYPES", "autocast", "check", "check_tensors"]
+__all__ = ["DTYPES", "autocast", "check", "check_tensors", "computed_densely"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -32,6 +32,21 @@ def autocast(
         return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
 
     return cast(input), cast(values), None if bias is None else cast(bias)
+
+
+def computed_densely(pattern: SparsePattern, values: Tensor, input: Tensor) -> bool:
+    """Whether nothing is left out, so that `values` is the dense weight and the library multiplies.
+
+    Not for small weights, which gain nothing, nor where torch is asked for determinism: the sparse
+    kernels give the same bits for any number of threads, and the library does not.
+    """
+    rows, cols = pattern.shape
+    return (
+        pattern.col_indices.size(0) == rows * cols == values.size(0)
+        and rows * cols >= 512
+        and input.dtype is not torch.bfloat16
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def check(input: Any, values: Tensor, bias: Tensor | None, pattern: SparsePattern) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsetrain._arguments import autocast
+from sparsetrain._arguments import autocast, computed_densely
 from sparsetrain._conv_choice import Problem, choose
 from sparsetrain._conv_define import NATIVE, SCHEMAS
 from sparsetrain._conv_dense import DENSE
@@ -257,9 +257,8 @@ def _batched(
         x = pad(x, geometry.extra, geometry.mode)
     kernel_size, stride, padding, dilation, groups = geometry[:5]
     topology = (pattern.crow_indices, pattern.col_indices, pattern.key)
-    rows, cols = pattern.shape
-    if 0 < pattern.nnz == rows * cols == values.size(0) and x.dtype is not torch.bfloat16:
-        weight = values.view(rows, x.size(1) // groups, *kernel_size)  # nothing is left out
+    if computed_densely(pattern, values, x):
+        weight = values.view(pattern.shape[0], x.size(1) // groups, *kernel_size)
         zero = (0,) * len(kernel_size)
         dense: Tensor = torch.convolution(
             x, weight, bias, stride, padding, dilation, False, zero, groups

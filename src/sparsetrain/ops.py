@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import linear as linear_library
 
 from sparsetrain import _native  # noqa: F401  (loads the library that defines the operations)
-from sparsetrain._arguments import DTYPES, autocast, check
+from sparsetrain._arguments import DTYPES, autocast, check, computed_densely
 from sparsetrain._define import registered
 from sparsetrain._linear_choice import LinearProblem, choose
 from sparsetrain._planner import Choice, Direction, Planner
@@ -216,8 +216,8 @@ def sparse_linear(
     ):
         check(input, values, bias, pattern)
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
-    if 0 < col.size(0) == rows * cols == values.size(0) and input.dtype is not torch.bfloat16:
-        return linear_library(input, values.view(rows, cols), bias)  # nothing is left out
+    if computed_densely(pattern, values, input):
+        return linear_library(input, values.view(rows, cols), bias)
     if input.ndim == 2:
         return linear(input, values, bias, crow, col, key)
     if input.ndim == 1:
