@@ -367,6 +367,10 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
     [
         ({}, ["native"] * 3),
         ({"nnz": 30_000}, ["dense"] * 3),
+        ({"nnz": 25_000}, ["native", "dense", "native"]),
+        ({"nnz": 20_000}, ["native"] * 3),
+        ({"nnz": 20_000, "input_shape": (1, 64, 56, 56)}, ["native", "dense", "native"]),
+        ({"nnz": 36_864, "input_shape": (1, 64, 56, 56)}, ["dense"] * 3),
         ({"nnz": 30_000, "deterministic": True}, ["native"] * 3),
         ({"nnz": 25_000, "dtype": torch.float64}, ["native"] * 3),
         ({"nnz": 15_000, "dtype": torch.bfloat16}, ["dense"] * 3),
@@ -375,8 +379,8 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ({"groups": 64, "nnz": 57, "dtype": torch.float64}, ["native"] * 3),
         ({"groups": 64, "nnz": 57, "deterministic": True}, ["native"] * 3),
         (
-            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 4000},
-            ["dense", "native", "dense"],
+            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550},
+            ["native", "dense", "native"],
         ),
     ],
 )

@@ -51,19 +51,36 @@ _DETERMINISTIC = {
     False: Choice("native", "deterministic algorithms are asked for"),
     True: Choice("unfolded", "deterministic algorithms are asked for"),
 }
-_UNREAD = Choice("native", "the stride leaves most of the input unread")
+_FULL = Choice("dense", "there is no zero to skip")
 _SMALL = Choice("native", "too little work for the library's fixed costs")
 _DEPTHWISE = Choice(
     "dense", "one input channel per group leaves the sparse kernels nothing to skip"
 )
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
-# The density up to which the sparse kernels win, by dtype. Measured at batches 1 to 8 on one thread
-# of a CPU with AVX-512 and its bfloat16 products, on the layers of ResNet: float32 between 0.5
-# (128 channels, 28 x 28) and 0.8 (batch 1, or 64 channels, 56 x 56); bfloat16 0.2 to 0.4; float64,
-# which the library has no convolution of its own for, 0.7 and more. Unfolding costs as much again.
-_BREAK_EVEN = {torch.float32: 0.55, torch.bfloat16: 0.25, torch.float64: 0.75}
+# The density up to which the sparse kernels win. float32, by what was measured on the layers of
+# ResNet with one thread of a CPU with AVX2 (Zen 3): batches that fill vectors (8), smaller batches
+# of kernels larger than 1 x 1, and of 1 x 1 kernels. A stride moves grad_input to _STRIDED.
+_FILLED: dict[Direction, float] = {"forward": 0.70, "grad_input": 0.65, "grad_values": 0.75}
+_FEW: dict[Direction, float] = {"forward": 0.60, "grad_input": 0.40, "grad_values": 0.60}
+_FEW_1X1: dict[Direction, float] = {"forward": 0.50, "grad_input": 0.50, "grad_values": 0.45}
+_STRIDED = 0.60
+_FILLING = 8
+# At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
+# to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
+# costs as much again.
+_BREAK_EVEN = {torch.bfloat16: 0.25, torch.float64: 0.75}
 _UNFOLDED_SHARE = 0.5
+
+
+def _break_even(direction: Direction, problem: Problem) -> float:
+    if problem.dtype is not torch.float32:
+        return _BREAK_EVEN[problem.dtype]
+    if direction == "grad_input" and math.prod(problem.stride) > 1:
+        return _STRIDED
+    if problem.input_shape[0] >= _FILLING:
+        return _FILLED[direction]
+    return (_FEW if math.prod(problem.kernel_size) > 1 else _FEW_1X1)[direction]
 
 
 def choose(direction: Direction, problem: Problem) -> Choice:
@@ -74,10 +91,20 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | torch.use_deterministic_algorithms(True)                      | native, unfolded  |
     | one input channel per group (depthwise); not in float64       | dense             |
     | less than a million multiplications, 2-D                      | native            |
-    | grad_input of a 1 x 1 kernel with a stride, 2-D               | native            |
-    | density above 0.55 (float32), 0.25 (bfloat16), 0.75 (float64) | dense             |
-    | the same, but 3-D: half of these                              | dense             |
+    | every weight is a nonzero; not in float64                     | dense             |
+    | density above the break-even below                            | dense             |
     | otherwise                                                     | native, unfolded  |
+
+    Break-even densities (3-D: half of these):
+
+    | dtype    | for                           | forward | grad_input | grad_values |
+    |----------|-------------------------------|---------|------------|-------------|
+    | float32  | batches of 8 or more          | 0.70    | 0.65       | 0.75        |
+    | float32  | smaller, kernels above 1 x 1  | 0.60    | 0.40       | 0.60        |
+    | float32  | smaller, 1 x 1                | 0.50    | 0.50       | 0.45        |
+    | float32  | a stride above 1              |         | 0.60       |             |
+    | bfloat16 |                               | 0.25    | 0.25       | 0.25        |
+    | float64  |                               | 0.75    | 0.75       | 0.75        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.
@@ -88,13 +115,13 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     channels = problem.input_shape[1] // problem.groups
     if channels == 1 and problem.groups > 1 and problem.dtype is not torch.float64:
         return _DEPTHWISE
-    taps, steps = math.prod(problem.kernel_size), math.prod(problem.stride)
+    steps = math.prod(problem.stride)
     pixels = problem.input_shape[0] * math.prod(problem.input_shape[2:]) // steps
     if not deep and pixels * problem.nnz < 1_000_000:
         return _SMALL
-    if direction == "grad_input" and not deep and taps == 1 and steps > 1:
-        return _UNREAD
-    break_even = _BREAK_EVEN[problem.dtype] * (_UNFOLDED_SHARE if deep else 1.0)
+    if problem.nnz == problem.weights and problem.dtype is not torch.float64:
+        return _FULL
+    break_even = _break_even(direction, problem) * (_UNFOLDED_SHARE if deep else 1.0)
     return _DENSE if problem.density > break_even else _SPARSE[deep]
 
 

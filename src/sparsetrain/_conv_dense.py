@@ -29,6 +29,8 @@ def _weight_shape(crow: Tensor, channels: int, window: tuple[Any, ...]) -> list[
 def _weight(values: Tensor, crow: Tensor, col: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
     """The dense weight of `shape` (O, C / groups, *kernel), in the dtype that `_wide` gives."""
     cols = math.prod(shape[1:])
+    if values.shape[0] == col.shape[0] == math.prod(shape):  # in the very order of the weight
+        return _wide(values).contiguous().view(shape)
     weight: Tensor = torch.ops.sparsetrain.densify(values, crow, col, key, cols)
     return weight.view(shape)
 
@@ -137,7 +139,10 @@ def _read_back(
     bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient at the nonzeros, (nnz,), and that of the bias, (O,) or (0,)."""
-    dvalues = torch.ops.sparsetrain.read_nonzeros(dweight.flatten(1), crow, col, key)
+    if col.shape[0] == dweight.numel():
+        dvalues = dweight.flatten()
+    else:
+        dvalues = torch.ops.sparsetrain.read_nonzeros(dweight.flatten(1), crow, col, key)
     return dvalues.to(grad.dtype), dbias.to(grad.dtype) if bias else grad.new_empty(0)
 
 
