@@ -349,6 +349,8 @@ struct Builder {
 
 }  // namespace
 
+SampleTables::~SampleTables() = default;
+
 SampleTables::SampleTables(const ConvSide& s, int64_t vector_lanes) {
   const int64_t rows = s.strip_rows + s.span, plane = s.copy_lanes / vector_lanes;
   std::vector<char> used(s.kinds.size() * plane);

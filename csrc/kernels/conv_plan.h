@@ -101,6 +101,9 @@ struct ConvSide {
 // would be most of what its plan holds.
 struct SampleTables {
   SampleTables(const ConvSide& side, int64_t vector_lanes);
+  ~SampleTables();  // not inline: instruction sets would share its code
+  SampleTables(const SampleTables&) = delete;
+  SampleTables& operator=(const SampleTables&) = delete;
   // Vector of each pixel of a strip's source rows inside its channel's planes, or -1 where no
   // kernel position reads it; the vectors that are no pixel's; and, unless each pixel's is its
   // number, the vector of each pixel of a band's results inside its channel's rows, or -1 where no
