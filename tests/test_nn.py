@@ -322,3 +322,22 @@ def test_inside_attention_layers_that_read_the_weight():
     torch.testing.assert_close(block(x), expected(x))
     with torch.no_grad():  # the fused path takes linear1.weight
         torch.testing.assert_close(block(x), expected(x))
+
+
+def test_more_rows_than_16_bits_count_in_several_blocks() -> None:
+    """The transposed values of such a layer have no table of places: they are found by counting."""
+    layer = SparseLinear(24, 70_000, bias=False, sparsity=0.9)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (9, 24), generator=generator).float().requires_grad_()
+    grad = torch.randint(-3, 4, (9, 70_000), generator=generator).float()
+    with torch.no_grad():
+        layer.values.copy_(torch.randint(-3, 4, (layer.nnz,), generator=generator))
+    torch.use_deterministic_algorithms(True)  # the sparse kernels, whatever a plan would say
+    try:
+        layer(x).backward(grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    weight = layer.weight.detach()
+    assert torch.equal(x.grad, grad @ weight)  # small integers: exact in any order
+    expected = layer.pattern.gather(grad.t() @ x.detach())
+    assert torch.equal(layer.values.grad, expected)
