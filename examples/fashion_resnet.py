@@ -21,4 +21,5 @@ if __name__ == "__main__":
     defaults = [word for folder in data for word in ("--data", folder)]
     defaults += ["--network", "resnet18", "--width", "16", "--batch", "64", "--epochs", "2"]
     defaults += ["--compare", "--evaluate-every", "469", "--checkpoint-every", "100"]
+    defaults += ["--schedule", "cubic:every=25,start=94,stop=1124"]  # 5 % to 60 % of the steps
     app(["train", "image", *defaults, "--title", "ResNet-18 (width 16), Fashion-MNIST", *given])

@@ -44,8 +44,19 @@ Distribution = Annotated[
         help="uniform: every layer alike; erk: small layers denser; global: ranked together."
     ),
 ]
-ALGORITHM = "static: prune first, then train what is left; gmp: start dense, prune while training."
+ALGORITHM = (
+    "static: prune first, then train what is left. gmp: start dense, prune while training. "
+    "rigl, set, mest, topkast: exchange weights while training. acdc: dense and sparse in turn."
+)
 Algorithm = Annotated[str, typer.Option(help=ALGORITHM)]
+TopologySchedule = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        help="When the pattern changes (default: as published), for example "
+        "cubic:every=25,start=90,stop=1100 or cosine:drop_fraction=0.3,every=100,stop=7500.",
+    ),
+]
 PruneSteps = Annotated[
     int, typer.Option(help="static: steps of gradual pruning before it; 0 prunes at once.")
 ]
@@ -58,7 +69,7 @@ Compare = Annotated[
     bool,
     typer.Option(
         "--compare",
-        help="Train a dense twin beside it: with the same weights masked; for gmp never pruned.",
+        help="Train a dense twin beside it: masked alike for static, else never pruned.",
     ),
 ]
 Resume = Annotated[
@@ -155,6 +166,7 @@ def train_text(
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
     algorithm: Algorithm = "static",
+    schedule: TopologySchedule = "",
     steps: Annotated[int, typer.Option(help="Steps of training, after pruning.")] = 150,
     epochs: Annotated[float | None, typer.Option(help="Epochs, instead of --steps.")] = None,
     prune_steps: PruneSteps = 100,
@@ -221,6 +233,7 @@ def train_image(
     algorithm: Annotated[
         str | None, typer.Option(help=f"{ALGORITHM} Default: gmp, with --model static.")
     ] = None,
+    schedule: TopologySchedule = "",
     steps: Annotated[int, typer.Option(help="Steps of training, after pruning.")] = 150,
     epochs: Annotated[float | None, typer.Option(help="Epochs, instead of --steps.")] = None,
     prune_steps: PruneSteps = 100,

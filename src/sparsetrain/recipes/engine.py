@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import sparsetrain
-from sparsetrain.nn import SparseLayer
 
 #: What recipes prune.
 Prunable = nn.Linear | nn.Conv2d
@@ -133,20 +132,7 @@ class History:
         return [0.0, *itertools.accumulate(running_medians(self.seconds))]
 
 
-class Sparsifier(Protocol):
-    """Changes a lane's topology while it trains; `sparsetrain.GMP` and its relatives."""
-
-    def step(self) -> object:
-        """Called after each optimizer step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside model and optimizer."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
-
-
-MakeSparsifier = Callable[[nn.Module, torch.optim.Optimizer], Sparsifier]
+MakeSparsifier = Callable[[nn.Module, torch.optim.Optimizer], sparsetrain.Sparsifier]
 
 
 class Lane:
@@ -173,13 +159,8 @@ class Lane:
         self.layers = dict(layers or {})
         self.masks = dict(masks or {})
         self.history = History()
-        self._sparsify = sparsify
-        self._renew()
-
-    def _renew(self) -> None:
-        """A fresh optimizer and sparsifier for the model as it is."""
-        self.optimizer = self.schedule.make_optimizer(self.model)
-        self.sparsifier = self._sparsify and self._sparsify(self.model, self.optimizer)
+        self.optimizer = schedule.make_optimizer(model)
+        self.sparsifier = sparsify and sparsify(model, self.optimizer)
 
     def step(self, task: Task, number: int, batch: Batch) -> float:
         """Train step `number` on `batch`; returns the loss before it."""
@@ -247,10 +228,8 @@ class Lane:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a lane of the same name."""
-        _match_layers(self.model, state["model"])
         model = {**self.model.state_dict(), **state["model"]}
         self.model.load_state_dict(model, strict=True)
-        self._renew()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(state["sparsifier"])
@@ -267,15 +246,6 @@ class Lane:
 def trained_weights(model: nn.Module) -> int:
     """Number of parameters that learn: of sparse layers the nonzeros."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _match_layers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make those layers sparse that are so in `state`: a sparsifier had converted them."""
-    ending = ".crow_indices"
-    saved = [name.removesuffix(ending) for name in state if name.endswith(ending)]
-    dense = [n for n in saved if not isinstance(model.get_submodule(n), SparseLayer)]
-    if dense:
-        sparsetrain.to_sparse(model, min_sparsity=0.0, include=dense, inplace=True)
 
 
 def step_all(lanes: Sequence[Lane], task: Task, number: int) -> list[float]:

@@ -214,6 +214,7 @@ def run(options: ImageOptions, progress: Progress) -> dict[str, Any]:
         build,
         hidden_convolutions,
         optimizer="sgd",
+        trained=weights is not None,
         identity={"data contents": fingerprint},
         facts=_facts(found, train, test),
         name=options.network,

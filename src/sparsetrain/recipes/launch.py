@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sparsetrain.recipes.algorithms import parse_schedule
 from sparsetrain.recipes.checkpoint import write_atomically
 from sparsetrain.recipes.engine import Prunable, Schedule, Task
 from sparsetrain.recipes.errors import InputError
@@ -31,8 +32,9 @@ class Recipe:
     """What a run is made of, once its input has been read.
 
     build: makes the dense model, the same every time; select: its layers to be made sparse, by
-    name; optimizer: as in `Schedule`; identity: what besides the options a resumed run must share
-    with the interrupted one; facts: about the data, for the report; summary: the same in a line;
+    name; optimizer: as in `Schedule`; trained: whether its weights are; identity: what besides the
+    options a resumed run must share with the interrupted one; facts: about the data, for the
+    report; summary: the same in a line;
     save: writes the trained model into a folder.
     """
 
@@ -41,6 +43,7 @@ class Recipe:
     build: Callable[[], nn.Module]
     select: Callable[[nn.Module], Mapping[str, Prunable]]
     optimizer: str
+    trained: bool
     identity: Mapping[str, Any]
     facts: Mapping[str, Any]
     name: str
@@ -136,7 +139,8 @@ def _settings(recipe: Recipe) -> Settings:
         evaluate_every=options.evaluate_every,
         checkpoint_every=options.checkpoint_every,
         algorithm=options.algorithm,
-        prune_every=max(5, options.steps // 75) if options.algorithm == "gmp" else 5,
+        topology=parse_schedule(options.schedule, options.algorithm),
+        trained=recipe.trained,
     )
 
 

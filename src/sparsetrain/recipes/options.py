@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from sparsetrain.recipes.algorithms import ALGORITHMS, parse_schedule
 from sparsetrain.recipes.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = ("report.json", "accuracy.png", "model")
 DISTRIBUTIONS = ("uniform", "erk", "global")
-ALGORITHMS = ("static", "gmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class RunOptions:
     sparsity: float = 0.9
     distribution: str = "uniform"
     algorithm: str = "static"
+    schedule: str = ""
     steps: int = 150
     epochs: float | None = None
     prune_steps: int = 100
@@ -48,11 +49,14 @@ class RunOptions:
     def check(self) -> None:
         """Raise InputError, naming the option, if a value is out of range."""
         self._check_numbers()
-        for name, known in (("distribution", DISTRIBUTIONS), ("algorithm", ALGORITHMS)):
+        for name, known in (("distribution", DISTRIBUTIONS), ("algorithm", tuple(ALGORITHMS))):
             if getattr(self, name) not in known:
                 raise InputError(
                     f"{name}: got {getattr(self, name)!r}, expected {' or '.join(known)}"
                 )
+        parse_schedule(self.schedule, self.algorithm)
+        if self.algorithm != "static" and self.steps < 2:
+            raise InputError(f"steps: got {self.steps}, {self.algorithm} takes at least 2")
         self._check_folder()
 
     def _check_numbers(self) -> None:

@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: of a dense model before sparse training, or while it trains.
+"""Gradual magnitude pruning of a dense model, the phase before sparse training.
 
 Zhu & Gupta 2017, "To prune, or not to prune": the sparsity follows a cubic from zero to its goal,
 fast while redundancy is plenty, slow towards the end.
@@ -25,9 +25,9 @@ RAMP = (0.05, 0.8)
 RATE = 0.4
 
 
-def cubic_sparsity(step: int, steps: int, goal: float, ramp: tuple[float, float] = RAMP) -> float:
+def cubic_sparsity(step: int, steps: int, goal: float) -> float:
     """Sparsity due after `step` of `steps` (0 before the ramp, `goal` from its end on)."""
-    begin, end = (share * steps for share in ramp)
+    begin, end = (share * steps for share in RAMP)
     done = 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
     return goal * (1.0 - (1.0 - done) ** 3)
 
@@ -40,14 +40,7 @@ def magnitude_masks(
     `distribution` divides the nonzeros among the layers as in `sparsetrain.sparsify`: "uniform" or
     "erk"; "global" ranks all weights together, so that layers with larger weights keep more.
     """
-    return rank_masks({n: layer.weight for n, layer in layers.items()}, sparsity, distribution)
-
-
-def rank_masks(
-    weights: Mapping[str, Tensor], sparsity: float, distribution: str
-) -> dict[str, Tensor]:
-    """`magnitude_masks` of bare weights, by layer name."""
-    scores = [magnitude(weight) for weight in weights.values()]
+    scores = [magnitude(layer.weight) for layer in layers.values()]
     if distribution == "global":
         together = torch.cat([score.flatten() for score in scores])
         kept = keep_top(together, nonzeros_for(together.numel(), sparsity))
@@ -56,7 +49,7 @@ def rank_masks(
     else:
         counts = DISTRIBUTIONS[distribution]([score.shape for score in scores], sparsity)
         masks = [keep_top(score, count) for score, count in zip(scores, counts, strict=True)]
-    return dict(zip(weights, masks, strict=True))
+    return dict(zip(layers, masks, strict=True))
 
 
 @torch.no_grad()

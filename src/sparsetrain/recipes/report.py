@@ -59,6 +59,7 @@ def lane_report(lane: Lane, names: list[str], steady: int) -> dict[str, Any]:
         "mask_seconds_per_step": statistics.median(history.mask_seconds or [0.0]),
         "accuracy": history.evaluations[-1][2],
         "masked": bool(lane.masks),
+        "topology": lane.sparsifier.log() if lane.sparsifier else {},
         "curve": [
             {"step": step, "seconds": passed[step], "accuracy": accuracy}
             for step, _, accuracy in history.evaluations

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 import sparsetrain
 from sparsetrain.pattern import nonzeros_for
+from sparsetrain.recipes.algorithms import make_sparsifier
 from sparsetrain.recipes.checkpoint import (
     load_checkpoint,
     pack_mask,
     save_checkpoint,
     unpack_mask,
 )
-from sparsetrain.recipes.engine import Lane, Prunable, Schedule, Sparsifier, Task, step_all
+from sparsetrain.recipes.engine import Lane, Prunable, Schedule, Task, step_all
 from sparsetrain.recipes.errors import InputError
-from sparsetrain.recipes.gradual import GradualPruning
 from sparsetrain.recipes.options import CHECKPOINT
 from sparsetrain.recipes.progress import Progress
 from sparsetrain.recipes.pruning import apply_masks, cubic_sparsity, magnitude_masks
+from sparsetrain.sparsify.schedules import Schedule as Topology
 
 #: The first steps of dense and sparse must agree: relative difference of their losses.
 AGREEMENT_STEPS = 5
@@ -41,9 +42,10 @@ class Settings:
 
     prune, tune: the two phases; sparsity: goal, in [0, 1); distribution: how it is divided among
     the layers ("uniform", "erk" or "global"); algorithm: "static" prunes first and then trains what
-    is left, "gmp" starts dense and prunes while it trains, without the first phase; prune_every:
-    steps between two prunings; compare: train a dense twin too, masked like the sparse one for
-    "static", never pruned for "gmp"; evaluate_every, checkpoint_every: steps.
+    is left, any other has no first phase and changes the pattern while it trains, by topology
+    (None: the published schedule); trained: whether the model's weights are; prune_every: steps
+    between two prunings of the first phase; compare: train a dense twin too, masked like the sparse
+    one for "static", else never pruned; evaluate_every, checkpoint_every: steps.
     """
 
     prune: Schedule
@@ -54,12 +56,14 @@ class Settings:
     evaluate_every: int
     checkpoint_every: int
     algorithm: str = "static"
+    topology: Topology | None = None
+    trained: bool = True
     prune_every: int = 5
 
     @property
     def prunes_first(self) -> bool:
         """Whether a pruned model, rather than a dense one, enters the second phase."""
-        return self.algorithm != "gmp"
+        return self.algorithm == "static"
 
 
 class Session:
@@ -84,9 +88,12 @@ class Session:
         self.settings = settings
         self.identity = json.dumps(identity, sort_keys=True)
         self.path = out / CHECKPOINT
-        self.names = list(select(build()))
+        model = build()
+        self.names = list(select(model))
         self._masks: dict[str, Tensor] = {}  # what the model was pruned to
         self.phase = "fine-tune" if settings.prunes_first else "train"
+        if not settings.prunes_first:  # whatever the algorithm refuses is refused here
+            self._sparsifier(model, settings.tune.make_optimizer(model))
 
     def check_resume(self) -> None:
         """Raise InputError if there is a checkpoint that this session cannot continue."""
@@ -117,7 +124,9 @@ class Session:
             raise InputError(f"retime: the run in {self.path.parent} has not ended; use --resume")
         lanes = self._restored(self.build(), saved)
         for lane in lanes:
-            lane.sparsifier = None
+            if lane.sparsifier is not None:
+                lane.sparsifier.close()
+                lane.sparsifier = None
         progress.start("time", TIMED_STEPS)
         for step in range(TIMED_STEPS):
             step_all(lanes, self.task, step)
@@ -204,16 +213,21 @@ class Session:
             lanes.append(Lane("dense", model, settings.tune, layers, masks))
         return lanes
 
-    def _sparsifier(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
+    def _sparsifier(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> sparsetrain.Sparsifier:
         settings = self.settings
-        return GradualPruning(
+        return make_sparsifier(
+            settings.algorithm,
             model,
             optimizer,
             self.names,
-            settings.sparsity,
-            settings.distribution,
+            sparsity=settings.sparsity,
+            distribution=settings.distribution,
+            schedule=settings.topology,
             steps=settings.tune.steps,
-            every=settings.prune_every,
+            trained=settings.trained,
+            seed=settings.tune.seed,
         )
 
     def _tune(

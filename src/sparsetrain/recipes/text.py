@@ -214,6 +214,7 @@ def run(options: TextOptions, progress: Progress) -> dict[str, Any]:
         build,
         encoder_layers,
         optimizer="adamw",
+        trained=True,
         identity={"data contents": corpus.fingerprint()},
         facts=_facts(corpus, task),
         name=options.model.name,
