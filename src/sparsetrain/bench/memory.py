@@ -132,7 +132,13 @@ def _status(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
 
 
-def _reset_peak() -> None:
+def peak_resident() -> int:
+    """The most bytes that this process has had in memory, since `reset_peak` if that was called."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Begins a new peak, at what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -242,12 +248,12 @@ def peak_task(kind: str, table: Json) -> Json:
         x.grad = None
         layer.zero_grad()
     before = resident()
-    _reset_peak()
-    start = _status("VmHWM")
+    reset_peak()
+    start = peak_resident()
     y = layer(x)
-    forward = _status("VmHWM") - start
+    forward = peak_resident() - start
     y.backward(grad)
-    peak = _status("VmHWM") - start
+    peak = peak_resident() - start
     y_bytes = y.numel() * 4
     del y
     weights = sum(p.numel() * p.element_size() for p in layer.parameters())
