@@ -271,6 +271,15 @@ std::vector<Chosen> chosen_shapes(bool quick) {
       conv(1, 8, 1, 100, 2600, 1, 3).padding(0, 1).at(0.02),
       // Several column blocks.
       conv(3, 300, 7, 7, 12, 3, 3).padding(1, 1).at(0.2),
+      // Samples as lanes, results past the caches, in each direction; pairs of phases past them.
+      conv(8, 2, 112, 112, 12, 3, 3).padding(1, 1).at(0.1),
+      conv(8, 12, 112, 112, 2, 3, 3).padding(1, 1).at(0.1),
+      conv(8, 12, 112, 112, 2, 3, 3).stride(2, 2).padding(1, 1).at(0.1),
+      conv(3, 34, 112, 112, 2, 1, 1).stride(2, 2).at(0.5),
+      // Pairs of phases: one row, odd sizes, parts of rows in a strip.
+      conv(2, 9, 1, 301, 7, 1, 3).stride(1, 2).at(0.5),
+      conv(1, 5, 3, 1501, 6, 1, 1).stride(2, 2).at(0.5),
+      conv(2, 5, 9, 11, 7, 1, 2).stride(2, 2),
   };
   if (!quick) {
     // Outputs that are written past the caches, in each direction.

@@ -69,17 +69,12 @@ void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const in
   // Everything in ascending order: the last vector of a run may reach into the next one's place.
   Sum<S>* end = out + (to - from);
   if (s.flat) {
-    for (int64_t at = from; at < to;) {
-      const int64_t n = at / s.pitch, in = at % s.pitch;
+    int64_t n = from / s.pitch, y = from % s.pitch / s.grid[1], x = from % s.grid[1];
+    for (int64_t at = from; at < to; y++, x = 0) {
+      if (y == s.grid[0]) n++, y = 0;
       if (n >= p.batch) return zero_lanes(out + at - from, end);
-      int64_t run = least(to - at, s.pitch - in);
-      if (p.step[0] == 1 && p.step[1] == 1) {
-        copy_row(pixel(n, 0, 0) + in, 1, run, out + at - from);
-      } else {
-        const int64_t y = in / s.grid[1], x = in % s.grid[1];
-        run = least(run, s.grid[1] - x);
-        copy_row(pixel(n, y, x), p.step[1], run, out + at - from);
-      }
+      const int64_t run = least(to - at, s.grid[1] - x);
+      copy_row(pixel(n, y, x), p.step[1], run, out + at - from);
       at += run;
     }
     return;
@@ -107,6 +102,34 @@ void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const in
   }
 }
 
+// fill_lanes of channels [c0, c1) of a flat side whose planes are whole: each run of pixels of one
+// image for all channels, so that nothing but an address changes from one to the next. Channel c
+// goes to out + c * stride.
+template <class S>
+void fill_runs(const ConvSide& s, const Planes<S>& p, int64_t c0, int64_t c1, int64_t from,
+               int64_t to, Sum<S>* out, int64_t stride) {
+  constexpr int64_t line = 64 / sizeof(S);
+  int64_t n = from / s.pitch, in = from % s.pitch;
+  for (int64_t at = from; at < to; n++, in = 0) {
+    const int64_t run = least(to - at, s.pitch - in);
+    if (n >= p.batch) {
+      for (int64_t c = c0; c < c1; c++) {
+        Sum<S>* begin = out + c * stride;
+        zero_lanes(begin + at - from, begin + to - from);
+      }
+      return;
+    }
+    const S* pixels = p.data + (n * p.channels + c0) * s.pitch + in;
+    for (int64_t c = c0; c < c1; c++, pixels += s.pitch) {
+      // The hardware's own prefetching stops at each run's end.
+      if (c + 1 < p.channels)
+        for (int64_t i = 0; i < run; i += line) __builtin_prefetch(pixels + s.pitch + i);
+      copy_row(pixels, 1, run, out + c * stride + at - from);
+    }
+    at += run;
+  }
+}
+
 // Asks for what fill_lanes will read. The hardware's own prefetching stops at each plane's end.
 template <class S>
 void prefetch_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, int64_t group,
@@ -114,11 +137,13 @@ void prefetch_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, int6
   constexpr int64_t line = 64 / sizeof(S);
   const int64_t plane = p.size[0] * p.size[1];
   if (s.flat) {
-    if (p.step[0] != 1 || p.step[1] != 1) return;
-    const int64_t n = from / s.pitch, in = from % s.pitch;
-    const S* at = p.data + (n * p.channels + channel) * plane + in;
-    const S* end = at + least(to - from, s.pitch - in);
-    for (; at < end; at += line) __builtin_prefetch(at);
+    int64_t n = from / s.pitch, y = from % s.pitch / s.grid[1];
+    for (int64_t at = from; at < to; at += s.grid[1], y++) {
+      if (y == s.grid[0]) n++, y = 0;
+      if (n >= p.batch) return;
+      const S* row = p.data + (n * p.channels + channel) * plane + y * p.step[0] * p.size[1];
+      for (int64_t i = 0; i < p.size[1]; i += line) __builtin_prefetch(row + i);
+    }
     return;
   }
   const int64_t y0 = least(from < 0 ? 0 : from / s.pitch * p.step[0], p.size[0]);
@@ -137,6 +162,8 @@ void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t s
   const int64_t kinds = static_cast<int64_t>(s.kinds.size());
   const int64_t from = s.strip_begin(strip) + s.first_shift * s.pitch;
   const int64_t to = s.strip_end(strip) + (s.first_shift + s.span) * s.pitch;
+  if (s.flat && p.step[0] == 1 && p.step[1] == 1)
+    return fill_runs(s, p, c0, c1, from, to, copies, s.copy_lanes);
   for (int64_t c = c0; c < c1; c++) {
     if (c + 1 < p.channels) prefetch_lanes(s, p, c + 1, group, from, to);
     for (int64_t k = 0; k < kinds; k++)
@@ -188,8 +215,15 @@ struct Placer {
     return n;
   }
 
+  // Whether every pixel is written, also those that no kernel position reaches.
+  bool in_pairs() const { return side.result_step[0] <= 2 && side.result_step[1] == 2; }
+  bool covers() const {
+    const int64_t all = side.result_step[0] * side.result_step[1];
+    return in_pairs() || static_cast<int64_t>(side.phases.size()) == all;
+  }
+
   // chunk: rows [r0, r1) of the side, `stride` lanes each; both are multiples of the phases.
-  // line: scratch of `stride` and a vector.
+  // line: scratch for the pixels of `stride` lanes and two vectors.
   void place(const Run* runs, int n, int64_t r0, int64_t r1, const T* chunk, int64_t stride,
              T* line) const {
     const int64_t phases = static_cast<int64_t>(side.phases.size());
@@ -198,6 +232,8 @@ struct Placer {
       S* channel = out + r / phases * plane;
       if (side.result_step[0] == 1 && side.result_step[1] == 1) {
         place_plain(runs, n, chunk, line, channel);
+      } else if (in_pairs()) {
+        place_pairs(runs, n, chunk, stride, line, channel);
       } else {
         for (int64_t f = 0; f < phases; f++) place_phase(runs, n, f, chunk, stride, channel);
       }
@@ -231,21 +267,12 @@ struct Placer {
     }
   }
 
-  // Phase f of one channel; rows of phases lie `stride` apart from `from` on. With a column step
-  // of 2 the two phases of a row are written together.
+  // Phase f of one channel; rows of phases lie `stride` apart from `from` on.
   void place_phase(const Run* runs, int n, int64_t f, const T* from, int64_t stride,
                    S* channel) const {
     const int64_t* size = side.result_size;
     const int64_t* step = side.result_step;
     const int64_t* phase = side.phases[f].phase;
-    const T* odd = nullptr;
-    if (step[1] == 2) {
-      for (size_t g = 0; g < side.phases.size(); g++) {
-        if (static_cast<int64_t>(g) == f || side.phases[g].phase[0] != phase[0]) continue;
-        if (phase[1] == 1) return;  // written with the even phase
-        odd = from + static_cast<int64_t>(g) * stride;
-      }
-    }
     from += f * stride;
     for (int i = 0; i < n; i++) {
       const Run& run = runs[i];
@@ -254,22 +281,49 @@ struct Placer {
       S* to = channel + run.image * side.result_channels * size[0] * size[1] + y * size[1] +
               run.x * step[1] + phase[1];
       const int64_t count = least(run.count, ceil_div(size[1] - phase[1], step[1]) - run.x);
-      if (odd) {
-        put_pairs(from + run.lane, odd + run.lane, least(2 * count, size[1] - run.x * 2), to);
-      } else {
-        for (int64_t j = 0; j < count; j++) narrow(from[run.lane + j], to + j * step[1]);
-      }
+      for (int64_t j = 0; j < count; j++) narrow(from[run.lane + j], to + j * step[1]);
     }
   }
-  // n elements of a and b in turn.
-  static ST_INLINE void put_pairs(const T* a, const T* b, int64_t n, S* to) {
+  // A column step of 2, and of at most 2 rows: both phases of a row in turn, zeros for one that no
+  // kernel position reaches. The rows of a run, and runs that follow, are gathered in `line`.
+  void place_pairs(const Run* runs, int n, const T* from, int64_t stride, T* line,
+                   S* channel) const {
+    const int64_t height = side.result_size[0], width = side.result_size[1];
+    const int64_t step = side.result_step[0];
+    const T* row_of[2][2] = {};
+    for (size_t f = 0; f < side.phases.size(); f++)
+      row_of[side.phases[f].phase[0]][side.phases[f].phase[1]] =
+          from + static_cast<int64_t>(f) * stride;
+    for (int i = 0; i < n;) {
+      S* to = channel + runs[i].image * side.result_channels * height * width +
+              runs[i].y * step * width + 2 * runs[i].x;
+      int64_t gathered = 0;
+      bool whole = true;
+      do {
+        const Run& run = runs[i];
+        whole = run.count == side.grid[1];
+        const int64_t pixels = least(2 * run.count, width - 2 * run.x);
+        for (int64_t p = 0; p < least(step, height - run.y * step); p++) {
+          zip_rows(row_of[p][0], row_of[p][1], run.lane, pixels, line + gathered);
+          if (whole) {
+            gathered += pixels;
+          } else {
+            put(line, pixels, to + p * width);
+          }
+        }
+        i++;
+      } while (whole && i < n && runs[i].count == side.grid[1] &&
+               runs[i].image == runs[i - 1].image && runs[i].y == runs[i - 1].y + 1);
+      if (gathered) put(line, gathered, to);
+    }
+  }
+  // n lanes of a and b in turn, from `lane` on; null: zeros. Writes up to two vectors too far.
+  static ST_INLINE void zip_rows(const T* a, const T* b, int64_t lane, int64_t n, T* to) {
     constexpr int w = kLanes<T>;
-    for (int64_t i = 0; i < n; i += 2 * w, a += w, b += w) {
-      const Vec<T> x = loadu<T>(a), y = loadu<T>(b);
-      const int64_t left = n - i;
-      store_narrowed<S>(to + i, zip<T, 0>(x, y), static_cast<int>(least(left, w)));
-      if (left > w)
-        store_narrowed<S>(to + i + w, zip<T, 1>(x, y), static_cast<int>(least(left - w, w)));
+    for (int64_t i = 0; i < n; i += 2 * w, lane += w) {
+      const Vec<T> x = a ? loadu<T>(a + lane) : Vec<T>{}, y = b ? loadu<T>(b + lane) : Vec<T>{};
+      storeu<T>(to + i, zip<T, 0>(x, y));
+      storeu<T>(to + i + w, zip<T, 1>(x, y));
     }
   }
   ST_INLINE void put(const T* from, int64_t n, S* to) const {
@@ -320,8 +374,11 @@ struct ConvProduct {
     const int64_t phases = static_cast<int64_t>(conv.phases.size());
     return (fit < 16 ? 16 : fit) / phases * phases + (phases > 16 ? phases : 0);
   }
-  // One more row to gather runs in, and what a last vector may reach beyond.
-  int64_t chunk_size() const { return (chunk_rows() + 1) * conv.strip_lanes + 2 * kLanes<T>; }
+  // Room to gather the pixels of a row too, and what last vectors may reach beyond.
+  int64_t chunk_size() const {
+    const int64_t pixels = placer.in_pairs() ? 2 * conv.result_step[0] : 1;
+    return (chunk_rows() + pixels) * conv.strip_lanes + 4 * kLanes<T>;
+  }
 
   // Rows [r0, r1) of one strip. chunk: chunk_size() of scratch; runs: strip_lanes.
   void rows(int64_t group, int64_t strip, const T* copies, int64_t r0, int64_t r1, T* chunk,
@@ -457,12 +514,15 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
       const int64_t t = i / x_parts, at = first + t, strip = at % s.strips;
       const int64_t begin = s.strip_begin(strip), end = s.strip_end(strip);
       const int64_t phases = static_cast<int64_t>(s.phases.size());
-      const int64_t c0 = i % x_parts * channels;
-      for (int64_t c = c0; c < least(c0 + channels, s.result_channels); c++) {
+      const int64_t c0 = i % x_parts * channels, c1 = least(c0 + channels, s.result_channels);
+      Sum<S>* to = centres.get() + t * centre_size;
+      if (s.flat && x.step[0] == 1 && x.step[1] == 1)
+        return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes);
+      for (int64_t c = c0; c < c1; c++) {
         if (c + 1 < s.result_channels) prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
         for (int64_t f = 0; f < phases; f++)
           fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,
-                     centres.get() + t * centre_size + (c * phases + f) * s.centre_lanes);
+                     to + (c * phases + f) * s.centre_lanes);
       }
     };
     auto take_dx = [&](int worker, int64_t t) {
@@ -522,7 +582,7 @@ void conv_forward(const ConvForward& a) {
   if (s->samples) {
     const SampleTables tables(*s, kLanes<T>);
     const SampleProduct<S> product{*s, tables, values.get(), bias.get(),
-                                   out_samples(a.shape, static_cast<S*>(a.y))};
+                                   SampleWriter<S>(out_samples(a.shape, static_cast<S*>(a.y)))};
     return sample_product(product, in_samples(a.shape, static_cast<const S*>(a.x)), a.parallel);
   }
   const ConvProduct<S> product{*s, values.get(), bias.get(),
@@ -556,33 +616,44 @@ void sum_planes(const ConvShape& shape, const S* dy, S* dbias, const Parallel& p
   });
 }
 
+// dvalues where lanes are samples; and dx by `product`, unless it is null.
+template <class S>
+void sample_dvalues(const ConvBackward& a, const SampleProduct<S>* product) {
+  typedef Sum<S> T;
+  const Samples<const S> dy = out_samples(a.shape, static_cast<const S*>(a.dy));
+  const Samples<const S> x = in_samples(a.shape, static_cast<const S*>(a.x));
+  const ConvHandle side(*a.plan, a.shape, false, conv_vectors<T>());
+  S* dvalues = static_cast<S*>(a.dvalues);
+  constexpr bool narrower = sizeof(S) != sizeof(T);
+  Scratch<T> sums(narrower ? side->side.nnz : 0);
+  const SampleGradient<S> gradient{*side, narrower ? sums.get() : reinterpret_cast<T*>(dvalues)};
+  if (product && !gradient.shares_dy(product->conv)) {
+    sample_product(*product, dy, a.parallel);
+    product = nullptr;
+  }
+  sample_gradients(product, gradient, x, dy, a.parallel);
+  if constexpr (narrower)
+    for (int64_t k = 0; k < side->side.nnz; k++) narrow(sums.get()[k], dvalues + k);
+}
+
 // Both gradients where lanes are samples: dx by the transposed side, dvalues by the other.
 template <class S>
 void sample_backward(const ConvBackward& a) {
   typedef Sum<S> T;
-  const Samples<const S> dy = out_samples(a.shape, static_cast<const S*>(a.dy));
-  if (a.dx) {
-    const ConvHandle s(*a.plan, a.shape, true, conv_vectors<T>());
-    Scratch<T> values(s->side.nnz);
-    const S* given = static_cast<const S*>(a.values);
-    for_transposed(*a.plan, a.shape, *s,
-                   [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
-    const SampleTables tables(*s, kLanes<T>);
-    const SampleProduct<S> product{*s, tables, values.get(), nullptr,
-                                   in_samples(a.shape, static_cast<S*>(a.dx))};
-    sample_product(product, dy, a.parallel);
+  if (!a.dx) {
+    if (a.dvalues) sample_dvalues<S>(a, nullptr);
+    return;
   }
-  if (!a.dvalues) return;
-  const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
-  const Samples<const S> x = in_samples(a.shape, static_cast<const S*>(a.x));
-  S* dvalues = static_cast<S*>(a.dvalues);
-  if constexpr (sizeof(S) == sizeof(T)) {
-    sample_gradient(SampleGradient<S>{*s, dvalues}, x, dy, a.parallel);
-  } else {
-    Scratch<T> sums(s->side.nnz);
-    sample_gradient(SampleGradient<S>{*s, sums.get()}, x, dy, a.parallel);
-    for (int64_t k = 0; k < s->side.nnz; k++) narrow(sums.get()[k], dvalues + k);
-  }
+  const ConvHandle s(*a.plan, a.shape, true, conv_vectors<T>());
+  Scratch<T> values(s->side.nnz);
+  const S* given = static_cast<const S*>(a.values);
+  for_transposed(*a.plan, a.shape, *s,
+                 [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
+  const SampleTables tables(*s, kLanes<T>);
+  const SampleProduct<S> product{*s, tables, values.get(), nullptr,
+                                 SampleWriter<S>(in_samples(a.shape, static_cast<S*>(a.dx)))};
+  if (a.dvalues) return sample_dvalues(a, &product);
+  sample_product(product, out_samples(a.shape, static_cast<const S*>(a.dy)), a.parallel);
 }
 
 template <class S>
@@ -611,14 +682,12 @@ void conv_backward(const ConvBackward& a) {
   if (a.dx) {
     for_transposed(*a.plan, shape, *s,
                    [&](int32_t to, int32_t from) { values.get()[to] = widen(given[from]); });
-    const int64_t phases = static_cast<int64_t>(s->phases.size());
-    if (phases < shape.stride[0] * shape.stride[1])  // pixels that no kernel position reaches
-      __builtin_memset(
-          a.dx, 0,
-          sizeof(S) * shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]);
   }
   const ConvProduct<S> product{*s, values.get(), nullptr,
                                Placer<S>(*s, shape.batch, static_cast<S*>(a.dx))};
+  if (a.dx && !product.placer.covers())
+    __builtin_memset(
+        a.dx, 0, sizeof(S) * shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]);
   if (!a.dvalues) {
     if (a.dx) conv_product(product, dy, a.parallel);
     return;

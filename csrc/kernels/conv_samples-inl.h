@@ -87,15 +87,12 @@ ST_INLINE void prefetch_pixels(const Samples<const S>& m, int64_t group, int64_t
 }
 
 // The way back: pixel p of the plane from vector places[p - from] of `rows`, zero where that is
-// negative; without places, from its own place.
+// negative; without places, from its own place. Sample i's pixel p goes to out[i * stride + p].
 template <class S>
-void unpack_pixels(const Samples<S>& m, int64_t group, int64_t channel, int64_t from, int64_t to,
-                   const int32_t* places, const Sum<S>* rows) {
+void unpack_pixels(int64_t from, int64_t to, const int32_t* places, const Sum<S>* rows, int samples,
+                   int64_t stride, S* out) {
   typedef Sum<S> T;
   constexpr int w = kLanes<T>;
-  S* plane = m.plane(group, channel);
-  const int64_t stride = m.stride();
-  const int samples = m.count(group);
   for_pixels<T>(from, to, [&](int64_t p, int n) {
     Vec<T> r[w];
     if (!places) {
@@ -110,12 +107,48 @@ void unpack_pixels(const Samples<S>& m, int64_t group, int64_t channel, int64_t 
     transpose<T>(r);
     if (samples == w && n == w) {
       ST_UNROLL
-      for (int i = 0; i < w; i++) store_narrowed<S>(plane + i * stride + p, r[i], w);
+      for (int i = 0; i < w; i++) store_narrowed<S>(out + i * stride + p, r[i], w);
     } else {
-      for (int i = 0; i < samples; i++) store_narrowed<S>(plane + i * stride + p, r[i], n);
+      for (int i = 0; i < samples; i++) store_narrowed<S>(out + i * stride + p, r[i], n);
     }
   });
 }
+
+// Where results of samples are written, past the caches where that pays. Then the pixels of each
+// sample are gathered first: written in turns, the lines of a vector's samples would each be
+// written in two halves.
+template <class S>
+struct SampleWriter {
+  typedef Sum<S> T;
+  static constexpr int64_t line = 64 / sizeof(S);
+  Samples<S> out;
+  bool past_caches;
+
+  explicit SampleWriter(const Samples<S>& out) : out(out) {
+    past_caches = std::is_same<S, T>::value && out.pixels() % line == 0 &&
+                  reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+                  out.batch * out.stride() * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
+  }
+  // Pixels [from, to) of one plane of a group; gathered: scratch for as many vectors.
+  void put(int64_t group, int64_t channel, int64_t from, int64_t to, const int32_t* places,
+           const T* rows, T* gathered) const {
+    S* plane = out.plane(group, channel);
+    const int samples = out.count(group);
+    if constexpr (std::is_same<S, T>::value) {
+      if (past_caches && from % line == 0 && to % line == 0) {
+        const int64_t run = to - from;
+        unpack_pixels<S>(0, run, places, rows, samples, run, gathered);
+        for (int i = 0; i < samples; i++) {
+          S* to_sample = plane + i * out.stride() + from;
+          for (int64_t p = 0; p < run; p += kLanes<T>)
+            stream<S>(to_sample + p, load<S>(gathered + i * run + p));
+        }
+        return;
+      }
+    }
+    unpack_pixels<S>(from, to, places, rows, samples, out.stride(), plane);
+  }
+};
 
 // Rows of the grid in one strip of a side.
 struct StripRows {
@@ -194,25 +227,21 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
     prefetch_run(index, values, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
-    for (; k + chains <= stop; k += chains) {
+    auto add = [&](Vec<T>(*into)[NV], int64_t at, Vec<T> value) __attribute__((always_inline)) {
+      const T* p = x + at * w;
       ST_UNROLL
-      for (int c = 0; c < chains; c++) {
-        const T* p = x + static_cast<int64_t>(index[k + c]) * w;
-        const Vec<T> value = broadcast<T>(values[k + c]);
-        ST_UNROLL
-        for (int h = 0; h < RH; h++) ST_UNROLL
-        for (int v = 0; v < NV; v++) sum[c][h][v] += value * load<T>(p + h * x_pitch + v * w);
-      }
+      for (int h = 0; h < RH; h++) ST_UNROLL
+      for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + h * x_pitch + v * w);
+    };
+    for (; k + 4 <= stop; k += 4) {
+      const FourIndices<I> at(index + k);
+      const Four<T> value(values + k);
+      add(sum[0], at.template get<0>(), value.template spread<0>());
+      add(sum[1 % chains], at.template get<1>(), value.template spread<1>());
+      add(sum[2 % chains], at.template get<2>(), value.template spread<2>());
+      add(sum[3 % chains], at.template get<3>(), value.template spread<3>());
     }
-    if constexpr (chains > 1) {
-      for (; k < stop; k++) {
-        const T* p = x + static_cast<int64_t>(index[k]) * w;
-        const Vec<T> value = broadcast<T>(values[k]);
-        ST_UNROLL
-        for (int h = 0; h < RH; h++) ST_UNROLL
-        for (int v = 0; v < NV; v++) sum[0][h][v] += value * load<T>(p + h * x_pitch + v * w);
-      }
-    }
+    for (; k < stop; k++) add(sum[0], index[k], broadcast<T>(values[k]));
     ST_UNROLL
     for (int c = 1; c < chains; c++) ST_UNROLL
     for (int h = 0; h < RH; h++) ST_UNROLL
@@ -224,8 +253,9 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
 }
 
 // dvalues[0..count) += the products of a tile of dy and of what each of `count` <= G nonzeros reads
-// of x. Sums stay in registers for the whole tile, dy passes by.
-template <class T, int G, class I>
+// of x. Sums stay in registers for the whole tile, dy passes by. H x W pixels, or, if zero, height
+// x width.
+template <class T, int G, int H, int W, class I>
 ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index, const T* x,
                                   int64_t x_pitch, int64_t height, int64_t width, T* dvalues,
                                   int count) {
@@ -237,14 +267,26 @@ ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index,
     sum[g] = Vec<T>{};
     p[g] = x + static_cast<int64_t>(index[g < count ? g : 0]) * w;
   }
-  for (int64_t h = 0; h < height; h++, dy += dy_pitch) {
-    for (int64_t i = 0; i < width * w; i += w) {
-      const Vec<T> d = load<T>(dy + i);
-      ST_UNROLL
-      for (int g = 0; g < G; g++) sum[g] += d * load<T>(p[g] + i);
-    }
+  if constexpr (H > 0) {
     ST_UNROLL
-    for (int g = 0; g < G; g++) p[g] += x_pitch;
+    for (int h = 0; h < H; h++) {
+      ST_UNROLL
+      for (int v = 0; v < W; v++) {
+        const Vec<T> d = load<T>(dy + h * dy_pitch + v * w);
+        ST_UNROLL
+        for (int g = 0; g < G; g++) sum[g] += d * load<T>(p[g] + h * x_pitch + v * w);
+      }
+    }
+  } else {
+    for (int64_t h = 0; h < height; h++, dy += dy_pitch) {
+      for (int64_t i = 0; i < width * w; i += w) {
+        const Vec<T> d = load<T>(dy + i);
+        ST_UNROLL
+        for (int g = 0; g < G; g++) sum[g] += d * load<T>(p[g] + i);
+      }
+      ST_UNROLL
+      for (int g = 0; g < G; g++) p[g] += x_pitch;
+    }
   }
   if (count == G) return add_sums<T, G>(sum, dvalues);
   T sums[G] = {};
@@ -253,7 +295,7 @@ ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index,
 }
 
 // One column block for `rows` rows; arguments as for spmm_pixels, dy in the place of y.
-template <class T, class I>
+template <class T, int H, int W, class I>
 void sddmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                   const I* __restrict index, const T* __restrict x, int64_t x_pitch,
                   const T* __restrict dy, int64_t dy_pitch, int64_t dy_stride, int64_t height,
@@ -263,9 +305,9 @@ void sddmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
     int32_t k = begin[r];
     const int32_t stop = end[r];
-    auto group = [&](auto n, int count) {
-      sddmm_pixels_group<T, decltype(n)::value>(dy, dy_pitch, index + k, x, x_pitch, height, width,
-                                                dvalues + k, count);
+    auto group = [&](auto n, int count) __attribute__((always_inline)) {
+      sddmm_pixels_group<T, decltype(n)::value, H, W>(dy, dy_pitch, index + k, x, x_pitch, height,
+                                                      width, dvalues + k, count);
       k += count;
     };
     while (k + 8 <= stop) group(std::integral_constant<int, 8>{}, 8);
@@ -315,11 +357,14 @@ struct SampleProduct {
   const SampleTables& tables;
   const T* values;
   const T* bias;  // result_channels, or null
-  Samples<S> result;
+  SampleWriter<S> result;
 
   int64_t phases() const { return static_cast<int64_t>(conv.phases.size()); }
   int64_t row_size() const { return conv.band_rows * conv.grid[1] * kLanes<T>; }
-  int64_t chunk_size(int64_t rows) const { return rows * row_size(); }
+  // Results of a band, and room to gather one channel of it.
+  int64_t chunk_size(int64_t rows) const {
+    return (rows + conv.result_step[0] * conv.result_step[1]) * row_size();
+  }
 
   // Rows [r0, r1) of one strip, whole channels. chunk: chunk_size(r1 - r0) of scratch.
   void rows(int64_t group, int64_t strip, const T* copies, int64_t r0, int64_t r1, T* chunk) const {
@@ -348,14 +393,14 @@ struct SampleProduct {
       });
     });
   }
-  void place(int64_t group, int64_t from, int64_t to, int64_t r0, int64_t r1,
-             const T* chunk) const {
-    const int64_t step = conv.result_step[0], width = result.size[1];
+  void place(int64_t group, int64_t from, int64_t to, int64_t r0, int64_t r1, T* chunk) const {
+    const int64_t step = conv.result_step[0], width = result.out.size[1];
     const int64_t first = from * step * width;
-    const int64_t last = least(to * step, result.size[0]) * width;
+    const int64_t last = least(to * step, result.out.size[0]) * width;
+    T* gathered = chunk + (r1 - r0) * row_size();
     for (int64_t r = r0; r < r1; r += phases(), chunk += phases() * row_size())
-      unpack_pixels(result, group, r / phases(), first, last,
-                    tables.places.empty() ? nullptr : tables.places.data(), chunk);
+      result.put(group, r / phases(), first, last,
+                 tables.places.empty() ? nullptr : tables.places.data(), chunk, gathered);
   }
 };
 
@@ -409,7 +454,14 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
   });
 }
 
-// dvalues, in the pattern's order, from copies of x and packed rows of dy.
+// Rows of dy for one strip: pixel (y, x) of row r at data + r * stride + y * pitch + x * lanes.
+template <class T>
+struct DyRows {
+  const T* data;
+  int64_t stride, pitch;
+};
+
+// dvalues, in the pattern's order, from copies of x and rows of dy.
 template <class S>
 struct SampleGradient {
   typedef Sum<S> T;
@@ -428,27 +480,53 @@ struct SampleGradient {
       pack_pixels(dy, group, c, from, to, nullptr, packed + c * row_size());
     }
   }
+  DyRows<T> packed_rows(const T* packed) const {
+    return {packed, row_size(), conv.grid[1] * kLanes<T>};
+  }
+  // Whether the copies of dy that `other`, the transposed side, makes for a strip hold the rows of
+  // dy that this side needs for its strip of the same number.
+  bool shares_dy(const ConvSide& other) const {
+    return other.kinds.size() == 1 && other.source_step[0] == 1 && other.source_step[1] == 1 &&
+           other.grid[0] == conv.grid[0] && other.grid[1] == conv.grid[1] &&
+           other.strip_rows == conv.strip_rows && other.first_shift <= 0 &&
+           other.first_shift + other.span >= 0 && other.first_column <= 0 &&
+           other.pitch + other.first_column >= conv.grid[1];
+  }
+  static DyRows<T> shared_rows(const ConvSide& other, const T* copies) {
+    constexpr int w = kLanes<T>;
+    return {copies - (other.first_shift * other.pitch + other.first_column) * w, other.copy_lanes,
+            other.pitch * w};
+  }
   // Adds the share of one strip, for rows [r0, r1).
-  void rows(int64_t strip, const T* copies, const T* dy, int64_t r0, int64_t r1) const {
+  void rows(int64_t strip, const T* copies, const DyRows<T>& dy, int64_t r0, int64_t r1) const {
     constexpr int w = kLanes<T>;
     const Side& side = conv.side;
     const StripRows strip_rows(conv, strip);
     const int64_t height = strip_rows.to - strip_rows.from;
     for_pixel_tiles(conv, 0, height, [&](int64_t y, int64_t x, int64_t tall, int64_t wide) {
-      const T* from = dy + r0 * row_size() + (y * conv.grid[1] + x) * w;
+      const T* from = dy.data + r0 * dy.stride + y * dy.pitch + x * w;
       const T* source = copies + (y * conv.pitch + x) * w;
       with_index(side, [&](auto* index) {
-        for (int64_t b = 0; b < side.blocks; b++)
-          sddmm_pixels<T>(side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, source,
-                          conv.pitch * w, from, conv.grid[1] * w, row_size(), tall, wide, dvalues);
+        auto blocks = [&](auto h, auto v) {
+          for (int64_t b = 0; b < side.blocks; b++)
+            sddmm_pixels<T, decltype(h)::value, decltype(v)::value>(
+                side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, source,
+                conv.pitch * w, from, dy.pitch, dy.stride, tall, wide, dvalues);
+        };
+        if (tall == kTileRows && wide == kTileColumns)
+          return blocks(std::integral_constant<int, kTileRows>{},
+                        std::integral_constant<int, kTileColumns>{});
+        blocks(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
       });
     });
   }
 };
 
+// product: dx from the same strips of dy, or null if it is not wanted or its strips are others.
 template <class S>
-void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& x,
-                     const Samples<const S>& dy, const Parallel& parallel) {
+void sample_gradients(const SampleProduct<S>* product, const SampleGradient<S>& gradient,
+                      const Samples<const S>& x, const Samples<const S>& dy,
+                      const Parallel& parallel) {
   typedef Sum<S> T;
   const ConvSide& s = gradient.conv;
   const SampleTables tables(s, kLanes<T>);
@@ -457,8 +535,12 @@ void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& 
   __builtin_memset(gradient.dvalues, 0, sizeof(T) * s.side.nnz);
   const int workers = worth_waking(parallel, (s.side.nnz + rows) * pixels * x.batch);
   const int64_t together = workers == 1 ? 1 : least(strips, 2 * workers);
-  const int64_t size = sample_copies_size<S>(s), dy_size = rows * gradient.row_size();
-  Scratch<T> copies(size * together), packed(dy_size * together);
+  const int64_t size = sample_copies_size<S>(s);
+  const int64_t dy_size =
+      product ? sample_copies_size<S>(product->conv) : rows * gradient.row_size();
+  const int64_t dx_rows = product ? product->conv.side.rows : 0;
+  const int64_t chunk = product ? product->chunk_size(dx_rows) : 0;
+  Scratch<T> copies(size * together), dy_copies(dy_size * together), chunks(chunk * workers);
   const int64_t channels = 16, x_parts = ceil_div(s.source_channels, channels);
   const int64_t dy_parts = ceil_div(rows, channels);
   const int64_t step = workers == 1 ? rows : sample_row_step(s, 2 * workers);
@@ -466,23 +548,42 @@ void sample_gradient(const SampleGradient<S>& gradient, const Samples<const S>& 
 
   for (int64_t first = 0; first < strips; first += together) {
     const int64_t n = least(strips - first, together);
-    share(parallel, workers, n * (x_parts + dy_parts), [&](int, int64_t i) {
-      const bool of_x = i < n * x_parts;
-      const int64_t parts = of_x ? x_parts : dy_parts, j = of_x ? i : i - n * x_parts;
-      const int64_t t = j / parts, c = j % parts * channels;
+    auto fill_dy = [&](int64_t i) {
+      const int64_t t = i / dy_parts, c = i % dy_parts * channels, end = least(c + channels, rows);
       const int64_t group = (first + t) / s.strips, strip = (first + t) % s.strips;
-      if (of_x)
-        fill_samples<S>(s, tables, x, group, strip, c, least(c + channels, s.source_channels),
-                        first == 0, copies.get() + t * size);
-      else
-        gradient.fill_dy(dy, group, strip, c, least(c + channels, rows),
-                         packed.get() + t * dy_size);
+      T* to = dy_copies.get() + t * dy_size;
+      if (!product) return gradient.fill_dy(dy, group, strip, c, end, to);
+      fill_samples<S>(product->conv, product->tables, dy, group, strip, c, end, first == 0, to);
+    };
+    auto fill_x = [&](int64_t i) {
+      const int64_t t = i / x_parts, c = i % x_parts * channels;
+      fill_samples<S>(s, tables, x, (first + t) / s.strips, (first + t) % s.strips, c,
+                      least(c + channels, s.source_channels), first == 0, copies.get() + t * size);
+    };
+    auto take_dx = [&](int worker, int64_t t) {
+      product->rows((first + t) / s.strips, (first + t) % s.strips, dy_copies.get() + t * dy_size,
+                    0, dx_rows, chunks.get() + worker * chunk);
+    };
+    auto take_dvalues = [&](int64_t i) {
+      for (int64_t t = 0; t < n; t++) {
+        const T* rows_of = dy_copies.get() + t * dy_size;
+        gradient.rows(
+            (first + t) % s.strips, copies.get() + t * size,
+            product ? gradient.shared_rows(product->conv, rows_of) : gradient.packed_rows(rows_of),
+            i * step, least((i + 1) * step, rows));
+      }
+    };
+    const int64_t dy_items = n * dy_parts, x_items = n * x_parts;
+    share(parallel, workers, dy_items + (product ? 0 : x_items), [&](int, int64_t i) {
+      if (i < dy_items) return fill_dy(i);
+      fill_x(i - dy_items);
     });
-    share(parallel, workers, row_items, [&](int, int64_t i) {
-      for (int64_t t = 0; t < n; t++)
-        gradient.rows((first + t) % s.strips, copies.get() + t * size, packed.get() + t * dy_size,
-                      i * step, least((i + 1) * step, rows));
-    });
+    if (product)
+      share(parallel, workers, n + x_items, [&](int worker, int64_t i) {
+        if (i < n) return take_dx(worker, i);
+        fill_x(i - n);
+      });
+    share(parallel, workers, row_items, [&](int, int64_t i) { take_dvalues(i); });
   }
 }
 
