@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import warnings
@@ -49,6 +50,23 @@ def test_two_hundred_steps_as_with_masks_over_dense_weights(kind, optimizer):
         assert torch.equal(layer.module.pattern.to_mask().view(-1), mask)
     if kind != "Static":
         assert sparsifier.updates > 3
+
+
+def test_what_an_update_recorded_goes_without_the_garbage_collector():
+    def living():
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    model, opt, sparsifier = make("RigL")
+    train(model, opt, sparsifier, range(20))
+    gc.collect()
+    gc.disable()
+    try:
+        before = living()
+        train(model, opt, sparsifier, range(20, 70))
+        assert sparsifier.updates == 7
+        assert living() == before
+    finally:
+        gc.enable()
 
 
 def test_a_simulation_with_another_rule_is_noticed():

@@ -250,7 +250,7 @@ class Sparsifier:
         """Lets go of the optimizer and the layers; the model stays as it is."""
         self._handle.remove()
         for layer in self.layers:
-            layer.module.__dict__.pop("_recorder", None)
+            _forget(layer)
 
     def _apply(self, changes: list[Change | None]) -> None:
         resized = False
@@ -277,10 +277,9 @@ class Sparsifier:
             return
         due = self.schedule.due(self.steps + 1)
         for layer in self.layers:
+            _forget(layer)
             if due:
                 layer.module._recorder = Recording()
-            else:
-                layer.module.__dict__.pop("_recorder", None)
 
     def _watch_optimizer(self) -> None:
         me = weakref.ref(self)
@@ -444,6 +443,13 @@ class Sparsifier:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self.layers)}, schedule={self.schedule!r})"
+
+
+def _forget(layer: Trained) -> None:
+    """Frees what was recorded now: cycles would keep it until the garbage collector runs."""
+    recording = layer.module.__dict__.pop("_recorder", None)
+    if isinstance(recording, Recording):
+        recording.calls.clear()
 
 
 def _finite(scores: Tensor) -> Tensor:
