@@ -43,6 +43,28 @@ def fashion_mnist() -> Path:
     return installed if installed.is_dir() else _prepared("fashion-mnist", _unpack_fashion)
 
 
+def king_james() -> str:
+    """The King James Bible, one verse a line, without the verses' numbers.
+
+    From the Debian package bible-kjv-text; exits with an error that names it if it is missing.
+    """
+    try:
+        done = subprocess.run(
+            ["bible", "-f", "gen1:1-rev22:21"],
+            stdin=subprocess.DEVNULL,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(
+            f"error: cannot get the King James text: {error}\n"
+            "Install it with `apt-get install bible-kjv-text` (Debian or Ubuntu), or hand over any "
+            "text file: --data FILE"
+        )
+    return "".join(f"{line.partition(' ')[2]}\n" for line in done.stdout.splitlines())
+
+
 def _unpack_fashion(temporary: Path) -> None:
     _call(["apt-get", "download", "dataset-fashion-mnist"], temporary)
     _call(["dpkg", "-x", next(file.name for file in temporary.glob("*.deb")), "."], temporary)

@@ -3,37 +3,40 @@
     python examples/learning.py train                 # all algorithms, three seeds; resumes
     python examples/learning.py train --algorithm RigL --seed 0
     python examples/learning.py cost                  # steps and bytes beside masks over dense
-    python examples/learning.py report                # the table and the plot of what there is
+    python examples/learning.py report                # tables and plots of what there is
 
-Every run starts from the same dense initialisation (of its seed), sees the same batches for equally
-many steps, and writes one JSON file under --out; a run that is there already is skipped. Images are
-averaged over 2 x 2 pixels, which makes a run last about a minute on one core.
+Every run is a process of its own, starts from the same dense initialisation (of its seed), sees the
+same batches for equally many steps, and writes one JSON file under --out; a run that is there
+already is skipped. Images are averaged over 2 x 2 pixels, which makes a run last about a minute on
+one core. The run "masks" is Static without sparse storage, for comparison of time and memory.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from _data import fashion_mnist
+from _learning import RESULTS, Json, Setting, child_of, measure_cost, peak_of, time_steps, train
+from _learning_report import write_report
 from torch import Tensor, nn
 
-import sparsetrain
-from sparsetrain.nn import SparseLayer
+from sparsetrain.bench.memory import resident
+from sparsetrain.bench.processes import write_json
 from sparsetrain.recipes.image_data import read_images
 from sparsetrain.recipes.image_models import build_network
 
 ALGORITHMS = ("dense", "Static", "SET", "RigL", "GMP", "ACDC", "TopKAST", "MEST")
-OUT = Path(__file__).parent.parent / "benchmarks" / "results" / "learning"
+KEPT_DENSE = ["conv1", "fc"]
+RATE, BATCH = 0.1, 64
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 OutOption = Annotated[Path, typer.Option("--out", help="folder of the result files")]
+WidthOption = Annotated[int, typer.Option(help="channels of the first stage")]
+SparsityOption = Annotated[float, typer.Option(help="of the sparse layers together")]
 
 
 class Data:
@@ -51,22 +54,6 @@ class Data:
         self.test = x[test], found.labels[test]
 
 
-def network(width: int, size: int, seed: int) -> nn.Module:
-    return build_network("resnet18", 1, 10, width, size, seed)
-
-
-def sparsifier_for(
-    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float, steps: int
-) -> sparsetrain.Sparsifier | None:
-    """The published settings; all layers but the first convolution and the classifier."""
-    if name == "dense":
-        return None
-    made: sparsetrain.Sparsifier = getattr(sparsetrain, name)(
-        model, optimizer, sparsity, distribution="erk", total_steps=steps, exclude=["conv1", "fc"]
-    )
-    return made
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
@@ -78,200 +65,129 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return right / len(y)
 
 
-def run(
-    name: str, seed: int, data: Data, steps: int, width: int, sparsity: float
-) -> dict[str, Any]:
-    x, y = data.train
-    model = network(width, x.shape[-1], seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    sparsifier = sparsifier_for(name, model, optimizer, sparsity, steps)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=0.15)
+def batches(x: Tensor, y: Tensor, seed: int) -> Callable[[nn.Module], Tensor]:
+    """The loss of a model on one batch after the other, shuffled anew in each epoch."""
     order = torch.Generator().manual_seed(seed)
-    losses, start = [], time.perf_counter()
-    batches: list[Tensor] = []
-    for _ in range(steps):
-        if not batches:
-            batches = list(torch.randperm(len(x), generator=order)[: len(x) // 64 * 64].split(64))
-        batch = batches.pop()
-        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
-        loss.backward()
-        optimizer.step()
-        rate.step()
-        if sparsifier is not None:
-            sparsifier.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    report: dict[str, Any] = {
-        "algorithm": name,
-        "seed": seed,
-        "steps": steps,
-        "width": width,
-        "sparsity": sparsity,
-        "seconds": round(time.perf_counter() - start, 2),
-        "test_accuracy": accuracy(model, *data.test),
-        "train_loss": statistics.fmean(losses[-50:]),
-        "losses": [round(v, 4) for v in losses[::10]],
-    }
-    if sparsifier is not None:
-        log = sparsifier.log()
-        report |= {
-            "final_sparsity": log["sparsity/total"],
-            "updates": sparsifier.updates,
-            "itop_rate": log["sparsity/itop_rate"],
-            "overlap_with_start": log["sparsity/overlap_with_start"],
-        }
-    return report
+    left: list[Tensor] = []
+
+    def loss(model: nn.Module) -> Tensor:
+        if not left:
+            whole = len(x) // BATCH * BATCH
+            left.extend(torch.randperm(len(x), generator=order)[:whole].split(BATCH))
+        batch = left.pop()
+        return nn.functional.cross_entropy(model(x[batch]), y[batch])
+
+    return loss
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def run(name: str, seed: int, steps: int, width: int, sparsity: float, data: Path) -> Json:
+    """One run from start to end."""
+    images = Data(data)
+    x, y = images.train
+    setting = Setting(
+        lambda: build_network("resnet18", 1, 10, width, x.shape[-1], seed),
+        lambda model: torch.optim.SGD(
+            model.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4, nesterov=True
+        ),
+        KEPT_DENSE,
+        sparsity,
+        steps,
+    )
+    model, report = train(
+        name,
+        setting,
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, RATE, total_steps=steps, pct_start=0.15
+        ),
+        batches(x, y, seed),
+    )
+    return {**report, "seed": seed, "width": width, "test_accuracy": accuracy(model, *images.test)}
 
 
-@app.command()
-def train(
+def cost_of(request: Json) -> Json:
+    """Times or peaks of steps on random images, with Adam."""
+    before = resident()
+    shape = request["batch"], 1, request["size"], request["size"]
+    x, y = torch.randn(shape), torch.randint(10, (shape[0],))
+    setting = Setting(
+        lambda: build_network("resnet18", 1, 10, request["width"], request["size"], 0),
+        lambda model: torch.optim.Adam(model.parameters(), lr=1e-4),
+        KEPT_DENSE,
+        request["sparsity"],
+        10_000,
+    )
+
+    def loss(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    if request["task"] == "time":
+        return time_steps(setting, loss, request["repeats"])
+    return peak_of(request["name"], setting, loss, before, steps=4)
+
+
+def child(request: Json, save: Callable[[Json], None]) -> Json:
+    """What a process of its own does: one run, or one measurement."""
+    if "task" in request:
+        return cost_of(request)
+    return run(**{**request, "data": Path(request["data"])})
+
+
+@app.command("train")
+def train_all(
     algorithm: Annotated[list[str] | None, typer.Option(help="which; default: all")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="which; default: 0, 1, 2")] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 1400,
-    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
-    sparsity: Annotated[float, typer.Option(help="of the sparse layers together")] = 0.95,
+    steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 800,
+    width: WidthOption = 16,
+    sparsity: SparsityOption = 0.95,
+    threads: Annotated[int, typer.Option(help="of each run")] = 1,
     data: Annotated[Path | None, typer.Option(help="folder of the idx files")] = None,
-    out: OutOption = OUT,
+    out: OutOption = RESULTS,
 ) -> None:
     """Train; runs that have a result file are skipped."""
+    known = (*ALGORITHMS, "masks")
     for name in algorithm or ():
-        if name not in ALGORITHMS:
-            raise typer.BadParameter(f"{name}: choose from {', '.join(ALGORITHMS)}")
-    images = Data(data or fashion_mnist())
+        if name not in known:
+            raise typer.BadParameter(f"{name}: choose from {', '.join(known)}")
+    folder = data or fashion_mnist()
     for one_seed in seed or (0, 1, 2):
         for name in algorithm or ALGORITHMS:
             file = out / f"fashion-{name}-{one_seed}.json"
             if file.exists():
                 continue
-            result = run(name, one_seed, images, steps, width, sparsity)
-            write(file, result)
+            request = {"name": name, "seed": one_seed, "steps": steps, "width": width}
+            request |= {"sparsity": sparsity, "data": str(folder.resolve())}
+            result = child_of("learning", request, threads)
+            write_json(file, result)
             print(f"{name} seed {one_seed}: {result['test_accuracy']:.4f}", flush=True)
-
-
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, masks: list[Tensor]) -> int:
-    """Weights, gradients, optimizer state, topology and plans of the prunable layers' weights."""
-    total = sum(mask.numel() * mask.element_size() for mask in masks)
-    for name, module in model.named_modules():
-        weight = module.values if isinstance(module, SparseLayer) else None
-        if weight is None and isinstance(module, nn.Conv2d) and name != "conv1":
-            weight = module.weight
-        if weight is None:
-            continue
-        state = [v for v in optimizer.state[weight].values() if isinstance(v, Tensor)]
-        total += sum(t.numel() * t.element_size() for t in (weight, weight.grad, *state))
-        if isinstance(module, SparseLayer):
-            pattern = module.pattern
-            total += 4 * (pattern.nnz + len(pattern.crow_indices))
-            total += torch.ops.sparsetrain.plan_bytes(pattern.key)
-    return total
 
 
 @app.command()
 def cost(
-    width: Annotated[int, typer.Option(help="channels of the first stage")] = 64,
+    width: WidthOption = 64,
     size: Annotated[int, typer.Option(help="pixels of an image's side")] = 28,
     batch: Annotated[int, typer.Option(help="images of a step")] = 64,
-    repeats: Annotated[int, typer.Option(help="steps of each kind")] = 5,
-    sparsity: Annotated[float, typer.Option(help="of the sparse layers together")] = 0.95,
-    out: OutOption = OUT,
+    repeats: Annotated[int, typer.Option(help="timed steps of each kind")] = 5,
+    sparsity: SparsityOption = 0.95,
+    threads: Annotated[list[int] | None, typer.Option(help="default: 1, 2; 0: no times")] = None,
+    memory: Annotated[bool, typer.Option(help="measure peak memory, too")] = True,
+    out: OutOption = RESULTS,
 ) -> None:
-    """Time whole steps: Static and RigL here, masks over dense weights, and plain dense."""
-    x, y = torch.randn(batch, 1, size, size), torch.randint(10, (batch,))
-    names = ("dense", "masks over dense", "Static", "RigL update")
-    lanes = {}
-    for name in names:
-        model = network(width, size, 0)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        sparsifier, masks = None, {}
-        if name == "masks over dense":
-            twin = sparsetrain.sparsify(
-                model, sparsity, distribution="erk", exclude=["conv1", "fc"]
-            )
-            for layer, module in twin.named_modules():
-                if isinstance(module, SparseLayer):
-                    weight = model.get_submodule(layer).weight
-                    masks[weight] = module.pattern.to_mask().view(weight.shape).float()
-        elif name != "dense":
-            schedule = sparsetrain.schedules.Constant(0.3, every=1)
-            kind = sparsetrain.RigL if name == "RigL update" else sparsetrain.Static
-            sparsifier = kind(
-                model,
-                optimizer,
-                sparsity,
-                schedule=schedule if kind is sparsetrain.RigL else None,
-                exclude=["conv1", "fc"],
-            )
-        lanes[name] = model, optimizer, sparsifier, masks, []
-    sizes = {}
-    for repeat in range(repeats + 1):
-        for name, (model, optimizer, sparsifier, masks, times) in lanes.items():
-            start = time.perf_counter()
-            nn.functional.cross_entropy(model(x), y).backward()
-            with torch.no_grad():
-                for weight, mask in masks.items():
-                    weight.grad.mul_(mask)
-                optimizer.step()
-                for weight, mask in masks.items():
-                    weight.mul_(mask)
-            if sparsifier is not None:
-                sparsifier.step()
-            if repeat:  # the first one warms up
-                times.append(time.perf_counter() - start)
-            if name != "RigL update":
-                sizes[name] = state_bytes(model, optimizer, list(masks.values()))
-            optimizer.zero_grad()
-    medians = {name: statistics.median(lane[-1]) for name, lane in lanes.items()}
-    extra = medians["RigL update"] - medians["Static"]
-    report = {
-        "network": f"ResNet-18, width {width}, {size}x{size}, batch {batch}, ERK {sparsity}",
-        "threads": torch.get_num_threads(),
-        "milliseconds": {name: round(1e3 * value, 1) for name, value in medians.items()},
-        "steps_faster_than_masks": round(medians["masks over dense"] / medians["Static"], 2),
-        "rigl_every_100_over_static": round(extra / 100 / medians["Static"], 4),
-        "state_bytes": sizes,
-        "state_share_of_dense": round(sizes["Static"] / sizes["dense"], 4),
-    }
-    write(out / f"cost-{width}-{size}.json", report)
-    print(json.dumps(report, indent=1))
+    """Whole steps with Adam: dense, masks over dense, Static, RigL; times, state, peak memory."""
+    request = {"network": "ResNet-18", "width": width, "size": size, "batch": batch}
+    request |= {"sparsity": sparsity, "repeats": repeats}
+    counts = [count for count in (threads or (1, 2)) if count]
+    measure_cost("learning", request, counts, memory, out / f"cost-resnet-{width}-{size}.json")
 
 
 @app.command()
-def report(out: OutOption = OUT) -> None:
-    """Print the table of all results, as Markdown, and draw accuracy.png beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = []
-    for name in ALGORITHMS:
-        found = [json.loads(f.read_text()) for f in sorted(out.glob(f"fashion-{name}-*.json"))]
-        if found:
-            rows.append((name, [100 * r["test_accuracy"] for r in found], found[0]))
-    print("| algorithm | seeds | test accuracy, mean (lowest to highest) | ever tried |")
-    print("|---|---|---|---|")
-    for name, scores, first in rows:
-        tried = f"{first['itop_rate']:.0%}" if "itop_rate" in first else "100%"
-        mean = statistics.fmean(scores)
-        spread = f"{min(scores):.2f} to {max(scores):.2f}"
-        print(f"| {name} | {len(scores)} | {mean:.2f} % ({spread}) | {tried} |")
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    for place, (_, scores, _) in enumerate(rows):
-        axes.bar(place, statistics.fmean(scores), color="tab:blue", alpha=0.6)
-        axes.plot([place] * len(scores), scores, "k.")
-    axes.set_xticks(range(len(rows)), [row[0] for row in rows])
-    if rows:
-        axes.set_ylim(min(min(r[1]) for r in rows) - 1, max(max(r[1]) for r in rows) + 1)
-    axes.set_ylabel("test accuracy, %")
-    figure.tight_layout()
-    figure.savefig(out / "accuracy.png", dpi=120)
+def report(
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page to write the tables into")
+    ] = None,
+    out: OutOption = RESULTS,
+) -> None:
+    """Print the tables of all results, as Markdown, and draw their plots beside them."""
+    write_report(out, page)
 
 
 if __name__ == "__main__":
