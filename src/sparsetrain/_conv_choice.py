@@ -59,12 +59,17 @@ _DEPTHWISE = Choice(
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
-# ResNet with one thread of a CPU with AVX2 (Zen 3): batches that fill vectors (8), smaller batches
-# of kernels larger than 1 x 1, and of 1 x 1 kernels. A stride moves grad_input to _STRIDED.
-_FILLED: dict[Direction, float] = {"forward": 0.70, "grad_input": 0.65, "grad_values": 0.75}
-_FEW: dict[Direction, float] = {"forward": 0.60, "grad_input": 0.40, "grad_values": 0.60}
-_FEW_1X1: dict[Direction, float] = {"forward": 0.50, "grad_input": 0.50, "grad_values": 0.45}
-_STRIDED = 0.60
+# ResNet at batches 1, 8 and 32 with one thread of a CPU with AVX2 (Zen 3), for batches that fill
+# vectors (8) or not, kernels above 1 x 1 or not.
+_BreakEvens = dict[Direction, float]
+_FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85}
+_FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
+_FEW: _BreakEvens = {"forward": 0.70, "grad_input": 0.45, "grad_values": 0.60}
+_FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
+# A stride leaves the library less to gain in grad_input: filled, few, 1 x 1.
+_STRIDED = (0.80, 0.55, 1.0)
+# Larger inputs and outputs (bytes) cost the library fresh memory on every call.
+_LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 _FILLING = 8
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
@@ -76,11 +81,25 @@ _UNFOLDED_SHARE = 0.5
 def _break_even(direction: Direction, problem: Problem) -> float:
     if problem.dtype is not torch.float32:
         return _BREAK_EVEN[problem.dtype]
+    filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
+    if filled and _largest_tensor(problem) > _LARGE:
+        return _LARGE_BREAK_EVEN
     if direction == "grad_input" and math.prod(problem.stride) > 1:
-        return _STRIDED
-    if problem.input_shape[0] >= _FILLING:
-        return _FILLED[direction]
-    return (_FEW if math.prod(problem.kernel_size) > 1 else _FEW_1X1)[direction]
+        return _STRIDED[2 if pointwise else 0 if filled else 1]
+    if pointwise:
+        return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
+    return (_FILLED if filled else _FEW)[direction]
+
+
+def _largest_tensor(problem: Problem) -> int:
+    """Bytes of a float32 input or output, whichever is larger."""
+    batch, channels, *size = problem.input_shape
+    pixels = math.prod(size)
+    return (
+        4
+        * batch
+        * max(channels * pixels, problem.out_channels * pixels // math.prod(problem.stride))
+    )
 
 
 def choose(direction: Direction, problem: Problem) -> Choice:
@@ -97,14 +116,18 @@ def choose(direction: Direction, problem: Problem) -> Choice:
 
     Break-even densities (3-D: half of these):
 
-    | dtype    | for                           | forward | grad_input | grad_values |
-    |----------|-------------------------------|---------|------------|-------------|
-    | float32  | batches of 8 or more          | 0.70    | 0.65       | 0.75        |
-    | float32  | smaller, kernels above 1 x 1  | 0.60    | 0.40       | 0.60        |
-    | float32  | smaller, 1 x 1                | 0.50    | 0.50       | 0.45        |
-    | float32  | a stride above 1              |         | 0.60       |             |
-    | bfloat16 |                               | 0.25    | 0.25       | 0.25        |
-    | float64  |                               | 0.75    | 0.75       | 0.75        |
+    | dtype    | for                                   | forward | grad_input | grad_values |
+    |----------|---------------------------------------|---------|------------|-------------|
+    | float32  | batches of 8 or more                  | 0.75    | 0.70       | 0.85        |
+    | float32  | with a stride above 1                 |         | 0.80       |             |
+    | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
+    | float32  | an input or output of 32 MiB and more | 0.95    | 0.95       | 0.95        |
+    | float32  | smaller batches                       | 0.70    | 0.45       | 0.60        |
+    | float32  | with a stride above 1                 |         | 0.55       |             |
+    | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
+    | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
+    | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
+    | float64  |                                       | 0.75    | 0.75       | 0.75        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.
