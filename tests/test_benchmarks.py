@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -370,6 +371,30 @@ def test_peaks_are_judged(linear: bool, peak: int, verdict: str) -> None:
     assert sparse["verdict"] == verdict
 
 
+def test_peaks_of_other_libraries_stand_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(contestants.Dense):
+        name = "other"
+        kinds = ("conv2d",)
+
+    class Absent(Other):
+        name = "absent"
+
+        def __init__(self, *_: object) -> None:
+            raise ImportError("no such library")
+
+    monkeypatch.setattr(contestants, "PEERS", (Other, Absent))
+    layer = Layer("a", "conv2d", 8, 8, 4, size=16, kernel=3)
+    assert memory.peers_of(layer) == ["other"]
+    assert memory.peers_of(Layer("b", "linear", 8, 8, 4)) == []
+    peak = memory.peak_task("other", dataclasses.asdict(layer))
+    assert peak["kind"] == "other"
+    assert peak["peak"] >= 0
+    assert peak["needed"] > 0
+    beside = memory._beside({**peak, "peak": 30}, {"peak": 20})
+    assert beside["x_dense"] == 1.5
+    assert "verdict" not in beside
+
+
 def test_a_kept_copy_of_the_input_is_seen() -> None:
     class Copying(torch.nn.Module):
         def __init__(self) -> None:
@@ -409,10 +434,12 @@ def test_a_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
 @needs_compiler
 def test_ceilings_are_measured(tmp_path: Path) -> None:
     result = tmp_path / "ceilings.json"
-    done = bench("ceilings", "--quick", "--threads", "1", "--json", result)
+    done = bench("ceilings", "--quick", "--threads", "1", "--peers", "--json", result)
     assert done.exit_code == 0, done.output
     (run,) = json.loads(result.read_text())["runs"]
-    assert list(run["ceilings"]) == ["registers", "L1", "L2", "L3", "memory"]
+    *levels, dense = run["ceilings"]
+    assert levels == ["registers", "L1", "L2", "L3", "memory"]
+    assert run["ceilings"]["registers"]["median"] > run["ceilings"][dense]["median"] > 0
     assert run["ceilings"]["registers"]["median"] > run["ceilings"]["memory"]["median"] > 0
     assert "GF/s, 1 thread" in done.stdout
 

@@ -370,6 +370,7 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ({"nnz": 30_000}, ["dense", "dense", "native"]),
         ({"nnz": 27_000}, ["native", "dense", "native"]),
         ({"nnz": 33_000, "input_shape": (64, 64, 56, 56)}, ["native"] * 3),
+        ({"nnz": 20_500, "input_shape": (1, 64, 7, 7)}, ["native", "dense", "dense"]),
         ({"nnz": 20_000}, ["native"] * 3),
         ({"nnz": 20_000, "input_shape": (1, 64, 56, 56)}, ["native", "dense", "native"]),
         ({"nnz": 36_864, "input_shape": (1, 64, 56, 56)}, ["dense"] * 3),

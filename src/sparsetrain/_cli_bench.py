@@ -67,7 +67,7 @@ Examples:
 
 [bold]sparsetrain bench memory --quick[/bold]
 
-[bold]sparsetrain bench memory --json memory.json[/bold]
+[bold]sparsetrain bench memory --peers --json memory.json[/bold]
 """
 CEILINGS_HELP = """
 Measure what this CPU gives at most: multiply-adds from registers, L1, L2, L3 and memory.
@@ -245,6 +245,10 @@ def models(
 def memory(
     shapes: Shapes = None,
     sparsity: Sparsity = "",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the measured processes.")] = 1,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Peaks of sparseprop and sparselab beside it.")
+    ] = False,
     quick: Quick = False,
     json_file: Out = None,
 ) -> None:
@@ -253,7 +257,14 @@ def memory(
     from sparsetrain.bench.memory_tables import memory_missed, memory_report
 
     wanted = numbers("--sparsity", sparsity, float, 0, 1)
-    options = benchmark.Options(shapes=shapes, sparsities=wanted, quick=quick, json=json_file)
+    options = benchmark.Options(
+        shapes=shapes,
+        sparsities=wanted,
+        threads=threads,
+        peers=peers,
+        quick=quick,
+        json=json_file,
+    )
     data = _run(benchmark.run, options)
     typer.echo(memory_report(data))
     if memory_missed(data):
@@ -283,6 +294,9 @@ def report(
 @bench.command("ceilings", help=CEILINGS_HELP)
 def ceilings(
     threads: Threads = "1,2",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="The dense library's product beside them.")
+    ] = False,
     quick: Quick = False,
     json_file: Out = None,
 ) -> None:
@@ -291,7 +305,7 @@ def ceilings(
 
     counts = numbers("--threads", threads, int, 1, 257)
     rounds = 5 if quick else 40
-    data = _run(lambda _: machine_bench.run(counts, rounds, json_file), None)
+    data = _run(lambda _: machine_bench.run(counts, rounds, json_file, peers), None)
     typer.echo(machine_bench.ceilings_report(data))
 
 

@@ -66,6 +66,9 @@ _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
 _FEW: _BreakEvens = {"forward": 0.70, "grad_input": 0.45, "grad_values": 0.60}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
+# Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
+_PIXELS = 64
+_FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.40, "grad_values": 0.35}
 # A stride leaves the library less to gain in grad_input: filled, few, 1 x 1.
 _STRIDED = (0.80, 0.55, 1.0)
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
@@ -84,6 +87,8 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
+    if _output_pixels(problem) < _PIXELS:
+        return _FEW_PIXELS[direction]
     if direction == "grad_input" and math.prod(problem.stride) > 1:
         return _STRIDED[2 if pointwise else 0 if filled else 1]
     if pointwise:
@@ -91,15 +96,16 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     return (_FILLED if filled else _FEW)[direction]
 
 
+def _output_pixels(problem: Problem) -> int:
+    """Of all images together, about."""
+    batch, _, *size = problem.input_shape
+    return batch * math.prod(size) // math.prod(problem.stride)
+
+
 def _largest_tensor(problem: Problem) -> int:
-    """Bytes of a float32 input or output, whichever is larger."""
-    batch, channels, *size = problem.input_shape
-    pixels = math.prod(size)
-    return (
-        4
-        * batch
-        * max(channels * pixels, problem.out_channels * pixels // math.prod(problem.stride))
-    )
+    """Bytes of a float32 input or output, whichever is larger, about."""
+    output = problem.out_channels * _output_pixels(problem)
+    return 4 * max(math.prod(problem.input_shape), output)
 
 
 def choose(direction: Direction, problem: Problem) -> Choice:
@@ -126,6 +132,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | with a stride above 1                 |         | 0.55       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
+    | float32  | less than 64 pixels of all images     | 0.60    | 0.40       | 0.35        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
 
@@ -138,9 +145,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     channels = problem.input_shape[1] // problem.groups
     if channels == 1 and problem.groups > 1 and problem.dtype is not torch.float64:
         return _DEPTHWISE
-    steps = math.prod(problem.stride)
-    pixels = problem.input_shape[0] * math.prod(problem.input_shape[2:]) // steps
-    if not deep and pixels * problem.nnz < 1_000_000:
+    if not deep and _output_pixels(problem) * problem.nnz < 1_000_000:
         return _SMALL
     if problem.nnz == problem.weights and problem.dtype is not torch.float64:
         return _FULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from sparsetrain.bench.machine import OtherLoad, environment
 from sparsetrain.bench.processes import command_line, run_child, write_json
 from sparsetrain.bench.tables import environment_lines, markdown, table, threads_name, with_spread
 from sparsetrain.bench.timing import Json, spread
+
+DENSE = "dense product, 1024 x 1024 x 1024"
 
 
 def child(request: Json, save: Callable[[Json], None]) -> Json:
@@ -18,28 +21,46 @@ def child(request: Json, save: Callable[[Json], None]) -> Json:
     threads = request["threads"]
     ceilings = Ceilings(threads)
     values: dict[str, list[float]] = {level: [] for level in LEVELS}
+    if request["peers"]:
+        values[DENSE] = []
     with OtherLoad() as load:
         for _ in range(request["rounds"]):
             for level in LEVELS:
                 values[level].append(ceilings.gflops(level, cpu_time=threads == 1))
+            if request["peers"]:
+                values[DENSE].append(dense_gflops())
     return {
         "threads": threads,
         "environment": environment(),
         "other_load_cpus": load.cpus,
-        "ceiling_bytes": ceilings.bytes,
+        "ceiling_bytes": {level: ceilings.bytes.get(level, 0) for level in values},
         "vector_bits": ceilings.vector_bits,
         "ceilings": {level: spread(each) for level, each in values.items()},
     }
 
 
-def run(threads: Sequence[int], rounds: int, json: Path | None) -> Json:
-    """The ceilings at every thread count. Raises RuntimeError without a compiler."""
+def dense_gflops(size: int = 1024) -> float:
+    """What the library's product of two square float32 matrices reaches now."""
+    import torch
+
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    torch.mm(a, b)
+    start = time.perf_counter()
+    torch.mm(a, b)
+    return 2e-9 * size**3 / (time.perf_counter() - start)
+
+
+def run(threads: Sequence[int], rounds: int, json: Path | None, peers: bool = False) -> Json:
+    """The ceilings at every thread count; with `peers` the dense library's product beside them.
+
+    Raises RuntimeError without a compiler.
+    """
     from sparsetrain.bench.ceilings import build
 
     build()  # here, so that a missing compiler is said once and plainly
     data: Json = {"benchmark": "ceilings", "command": command_line(), "runs": []}
     for count in threads:
-        request = {"threads": count, "rounds": rounds}
+        request = {"threads": count, "rounds": rounds, "peers": peers}
         data["runs"].append(run_child("sparsetrain.bench.machine_bench", request, count))
     if json is not None:
         write_json(json, data)

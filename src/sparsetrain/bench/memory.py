@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Options:
 
     shapes: Path | None = None
     sparsities: tuple[float, ...] = ()
+    threads: int = 1
+    peers: bool = False
     quick: bool = False
     json: Path | None = None
 
@@ -231,14 +234,40 @@ def saved_by_convolutions() -> list[Json]:
     return rows
 
 
+def peers_of(layer: Layer) -> list[str]:
+    """Names of the contestants of other libraries that have such a layer and are installed."""
+    import torch
+
+    from sparsetrain.bench import contestants
+
+    weight = torch.eye(layer.weight_shape[0], math.prod(layer.weight_shape[1:]))
+    weight = weight.view(layer.weight_shape)
+    kinds = [kind for kind in contestants.PEERS if layer.kind in kind.kinds]
+    return [k.name for k in kinds if contestants.build(k, layer, weight, None)[0] is not None]
+
+
+def _peer_module(name: str, layer: Layer) -> Any:
+    from sparsetrain.bench import contestants
+    from sparsetrain.bench.problems import sparse_weight
+
+    (kind,) = (kind for kind in contestants.PEERS if kind.name == name)
+    return kind(layer, sparse_weight(layer.weight_shape, 0.9), None).module
+
+
 def peak_task(kind: str, table: Json) -> Json:
-    """Peak of a training step above what was resident before it, in bytes."""
+    """Peak of a training step above what was resident before it, in bytes.
+
+    kind: "sparse", "dense", or the name of another library's contestant.
+    """
     import torch
 
     described = layer_from(table)
-    layer: Any = sparse_module(described, 0.9)
-    if kind == "dense":
+    if kind == "sparse":
+        layer: Any = sparse_module(described, 0.9)
+    elif kind == "dense":
         layer = described.dense(torch.randn(described.weight_shape), None)
+    else:
+        layer = _peer_module(kind, described)
     x = torch.randn(described.input_shape, requires_grad=True)
     with torch.no_grad():
         grad = torch.randn(described.batch, *layer(x[:1]).shape[1:])
@@ -292,9 +321,11 @@ def run(options: Options) -> Json:
                 rows.append(account(layer_from(table), sparsity))
                 _say(rows[-1], f"{rows[-1]['total_per_nonzero']:.1f} bytes per nonzero")
         for table in tables[:2] if options.quick else _for_peaks(tables):
-            dense, sparse = (_peak(kind, table, options.quick) for kind in ("dense", "sparse"))
+            dense, sparse = (_peak(kind, table, options) for kind in ("dense", "sparse"))
             peaks += judged_peaks(dense, sparse, table.get("kind", "linear") == "linear")
             _say(sparse, f"peak of a step {sparse['x_dense']:.2f} times dense")
+            for name in peers_of(layer_from(table)) if options.peers else ():
+                peaks.append(_beside(_peak(name, table, options), dense))
     size = 4096 if options.quick else 8192
     resident_request = {"task": "resident", "size": size, "sparsity": 0.9}
     data: Json = {
@@ -303,7 +334,8 @@ def run(options: Options) -> Json:
         "environment": environment(),
         "limit": LIMIT,
         "layers": rows,
-        "resident": run_child("sparsetrain.bench.memory", resident_request, 1),
+        "threads": options.threads,
+        "resident": run_child("sparsetrain.bench.memory", resident_request, options.threads),
         "saved": saved_inputs() + saved_by_convolutions(),
         "peaks": peaks,
     }
@@ -322,12 +354,19 @@ def _for_peaks(tables: list[Json]) -> list[Json]:
     return linear[:2] + [t for t in tables if t.get("kind") == "conv2d"]
 
 
-def _peak(kind: str, table: Json, quick: bool) -> Json:
+def _peak(kind: str, table: Json, options: Options) -> Json:
     large = dict(table)
     if table.get("kind", "linear") == "linear":
-        large["batch"] = 4096 if quick else 16384
+        large["batch"] = 4096 if options.quick else 16384
     request = {"task": "peak", "kind": kind, "layer": large}
-    return run_child("sparsetrain.bench.memory", request, 1)
+    return run_child("sparsetrain.bench.memory", request, options.threads)
+
+
+def _beside(peak: Json, dense: Json) -> Json:
+    """Another library's peak, which nothing is asked of."""
+    peak["beyond_needed"] = peak["peak"] - peak["needed"]
+    peak["x_dense"] = peak["peak"] / max(dense["peak"], 1)
+    return peak
 
 
 def judged_peaks(dense: Json, sparse: Json, linear: bool) -> list[Json]:

@@ -14,7 +14,7 @@ def memory_missed(data: Json) -> bool:
 
 
 def _is_own(row: Json) -> bool:
-    return row.get("kind") != "dense"
+    return bool(row.get("kind", "sparse") == "sparse")
 
 
 def memory_sections(data: Json) -> list[tuple[str, str]]:
