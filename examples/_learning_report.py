@@ -47,11 +47,11 @@ def fashion_table(folder: Path) -> str:
     rows = []
     for name, found in runs.items():
         mean, values = statistics.fmean(scores[name]), scores[name]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         behind = "" if dense is None or name == "dense" else f"{mean - dense:+.2f}"
         tried = statistics.fmean(r.get("itop_rate", 1.0) for r in found)
         seconds = statistics.fmean(r["cpu_seconds"] for r in found)
-        cells = [TITLES.get(name, name), str(len(found)), f"{mean:.2f} %", f"{spread:.2f}"]
+        cells = [TITLES.get(name, name), str(len(found)), f"{mean:.2f} %", spread]
         cells += [f"{min(values):.2f} to {max(values):.2f}", behind]
         rows.append([*cells, f"{100 * tried:.0f} %", f"{seconds:.0f}"])
     header = ["algorithm", "seeds", "test accuracy", "standard deviation", "lowest to highest"]

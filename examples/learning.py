@@ -166,7 +166,7 @@ def cost(
     width: WidthOption = 64,
     size: Annotated[int, typer.Option(help="pixels of an image's side")] = 28,
     batch: Annotated[int, typer.Option(help="images of a step")] = 64,
-    repeats: Annotated[int, typer.Option(help="timed steps of each kind")] = 5,
+    repeats: Annotated[int, typer.Option(help="timed steps of each kind")] = 3,
     sparsity: SparsityOption = 0.95,
     threads: Annotated[list[int] | None, typer.Option(help="default: 1, 2; 0: no times")] = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory, too")] = True,

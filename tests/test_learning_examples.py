@@ -1,9 +1,10 @@
-"""The examples on learning: they run, on little data."""
+"""The examples on learning: they run on little data; docs/learning.md shows what they measured."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import shlex
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from sparsetrain.bench.processes import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "learning.md"
+RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
 
 @pytest.fixture
@@ -158,3 +161,26 @@ def test_the_king_james_text_that_cannot_be_had(
     program.write_text("#!/bin/sh\necho 'Ge1:1 In the beginning'\necho 'Ge1:2 And'\n")
     program.chmod(0o755)
     assert data.king_james() == "In the beginning\nAnd\n"
+
+
+def test_the_page_has_the_tables_of_the_committed_results(example: Any) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    report = example("_learning_report")
+    assert report.generate(page, RESULTS) == page
+    assert set(report.SECTIONS) == {name for _, name, _ in report.BLOCK.findall(page)}
+    for plot in ("fashion", "text"):
+        assert f"../benchmarks/results/learning/{plot}.png" in page
+        assert (RESULTS / f"{plot}.png").stat().st_size < 200_000
+
+
+def test_the_page_s_commands_exist(example: Any) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("python examples/learning")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        module = example(Path(words[0]).stem)
+        result = CliRunner().invoke(module.app, [words[1], "--help"])
+        assert result.exit_code == 0
+        for option in (word for word in words if word.startswith("--")):
+            assert option in result.output
