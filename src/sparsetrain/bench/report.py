@@ -45,6 +45,7 @@ RESULTS = (
     ("conv", ("layers",), "Convolutions"),
     ("models", ("models",), "Whole training steps"),
     ("layers", ("layers",), "Every layer of five networks"),
+    ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),
     ("memory", ("memory",), "Memory"),
 )
 
