@@ -104,10 +104,10 @@ void fill_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, const in
 
 // fill_lanes of channels [c0, c1) of a flat side whose planes are whole: each run of pixels of one
 // image for all channels, so that nothing but an address changes from one to the next. Channel c
-// goes to out + c * stride.
-template <class S>
+// goes to out + c * stride, if wanted(c).
+template <class S, class F>
 void fill_runs(const ConvSide& s, const Planes<S>& p, int64_t c0, int64_t c1, int64_t from,
-               int64_t to, Sum<S>* out, int64_t stride) {
+               int64_t to, Sum<S>* out, int64_t stride, const F& wanted) {
   constexpr int64_t line = 64 / sizeof(S);
   int64_t n = from / s.pitch, in = from % s.pitch;
   for (int64_t at = from; at < to; n++, in = 0) {
@@ -122,9 +122,9 @@ void fill_runs(const ConvSide& s, const Planes<S>& p, int64_t c0, int64_t c1, in
     const S* pixels = p.data + (n * p.channels + c0) * s.pitch + in;
     for (int64_t c = c0; c < c1; c++, pixels += s.pitch) {
       // The hardware's own prefetching stops at each run's end.
-      if (c + 1 < p.channels)
+      if (c + 1 < p.channels && wanted(c + 1))
         for (int64_t i = 0; i < run; i += line) __builtin_prefetch(pixels + s.pitch + i);
-      copy_row(pixels, 1, run, out + c * stride + at - from);
+      if (wanted(c)) copy_row(pixels, 1, run, out + c * stride + at - from);
     }
     at += run;
   }
@@ -155,7 +155,8 @@ void prefetch_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, int6
   }
 }
 
-// All copies of channels [c0, c1) for one strip. copies: source_channels x kinds x copy_lanes.
+// All copies that are used of channels [c0, c1) for one strip. copies: source_channels x kinds x
+// copy_lanes.
 template <class S>
 void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t strip, int64_t c0,
                  int64_t c1, Sum<S>* copies) {
@@ -163,8 +164,10 @@ void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t s
   const int64_t from = s.strip_begin(strip) + s.first_shift * s.pitch;
   const int64_t to = s.strip_end(strip) + (s.first_shift + s.span) * s.pitch;
   if (s.flat && p.step[0] == 1 && p.step[1] == 1)
-    return fill_runs(s, p, c0, c1, from, to, copies, s.copy_lanes);
+    return fill_runs(s, p, c0, c1, from, to, copies, s.copy_lanes,
+                     [&](int64_t c) { return s.used[c] != 0; });
   for (int64_t c = c0; c < c1; c++) {
+    if (!s.used[c]) continue;
     if (c + 1 < p.channels) prefetch_lanes(s, p, c + 1, group, from, to);
     for (int64_t k = 0; k < kinds; k++)
       fill_lanes(s, p, c, s.kinds[k].phase, s.kinds[k].shift, group, from, to,
@@ -516,9 +519,13 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
       const int64_t phases = static_cast<int64_t>(s.phases.size());
       const int64_t c0 = i % x_parts * channels, c1 = least(c0 + channels, s.result_channels);
       Sum<S>* to = centres.get() + t * centre_size;
+      auto wanted = [&](int64_t c) {
+        return s.side.row_begin[c * phases] != s.side.row_begin[(c + 1) * phases];
+      };
       if (s.flat && x.step[0] == 1 && x.step[1] == 1)
-        return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes);
+        return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes, wanted);
       for (int64_t c = c0; c < c1; c++) {
+        if (!wanted(c)) continue;
         if (c + 1 < s.result_channels) prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
         for (int64_t f = 0; f < phases; f++)
           fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,

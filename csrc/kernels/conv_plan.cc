@@ -275,6 +275,17 @@ struct Builder {
         index[next[first + row_of_column[p.col[k]]]++] = static_cast<I>(of_tap[p.col[k] % size]);
     }
   }
+  void find_used() {
+    const Pattern& p = plan.pattern();
+    const int64_t size = shape.kernel[0] * shape.kernel[1];
+    const int64_t per_group = shape.in_channels / shape.groups;
+    s->used.reset(new uint8_t[s->source_channels]());
+    for (int64_t o = 0; o < p.rows; o++) {
+      const int64_t first = o / (shape.out_channels / shape.groups) * per_group;
+      for (int32_t k = p.crow[o]; k < p.crow[o + 1]; k++)
+        s->used[transposed ? o : first + p.col[k] / size] = 1;
+    }
+  }
   int64_t first_row(int64_t o) const {
     return o / (shape.out_channels / shape.groups) * (shape.in_channels / shape.groups) *
            static_cast<int64_t>(s->phases.size());
@@ -399,7 +410,7 @@ void ConvSide::fill_row_of_column(int64_t columns, int32_t* row_of_column) const
 size_t ConvSide::bytes() const {
   return sizeof(ConvSide) + side.bytes() + phase_of.size() * sizeof(int32_t) +
          (row_begin ? sizeof(int32_t) * (side.rows + 1) : 0) +
-         (index32 ? sizeof(int32_t) * side.nnz : 0);
+         (index32 ? sizeof(int32_t) * side.nnz : 0) + source_channels;
 }
 
 static std::shared_ptr<const ConvSide> find_or_build(const Plan& plan, const ConvShape& shape,
@@ -423,6 +434,7 @@ static std::shared_ptr<const ConvSide> find_or_build(const Plan& plan, const Con
   builder.lanes();
   builder.rows();
   builder.index();
+  builder.find_used();
   slot.older = std::move(slot.side);
   slot.side = side;
   return side;

@@ -86,6 +86,7 @@ struct ConvSide {
   // Where values go in the transposed direction: the phase of each kernel position.
   std::vector<int32_t> phase_of;
   std::unique_ptr<int32_t[]> row_begin, index32;
+  std::unique_ptr<uint8_t[]> used;  // of each channel of the source: whether a nonzero reads it
 
   int64_t strip_begin(int64_t s) const { return s * strip_lanes; }
   int64_t strip_end(int64_t s) const {

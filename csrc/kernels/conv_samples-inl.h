@@ -182,6 +182,7 @@ void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<c
   };
   const int64_t size = static_cast<int64_t>(s.kinds.size()) * s.copy_lanes;
   for (int64_t c = c0; c < c1; c++) {
+    if (!s.used[c]) continue;
     T* out = copies + c * size;
     if (fresh)
       for (const int32_t gap : tables.gaps) store<T>(out + static_cast<int64_t>(gap) * w, Vec<T>{});
@@ -476,6 +477,7 @@ struct SampleGradient {
     const StripRows y(conv, strip);
     const int64_t from = y.from * conv.grid[1], to = y.to * conv.grid[1];
     for (int64_t c = c0; c < c1; c++) {
+      if (conv.side.row_begin[c] == conv.side.row_begin[c + 1]) continue;
       if (c + 1 < dy.channels) prefetch_pixels(dy, group, c + 1, from, to);
       pack_pixels(dy, group, c, from, to, nullptr, packed + c * row_size());
     }
