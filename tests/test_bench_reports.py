@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsetrain.bench import compare, page, report, verdicts
+from sparsetrain.bench import compare, layer_tables, page, report, verdicts
 from sparsetrain.bench.compare import Speed
 from sparsetrain.cli import app
 
@@ -109,6 +109,15 @@ def test_compare_exits_with_1_on_a_regression(
     done = CliRunner().invoke(app, ["bench", "compare", *map(str, files)])
     assert done.exit_code == code
     assert said in done.output
+
+
+def test_layers_of_whole_networks_take_a_line_each() -> None:
+    rows = [row("a", 4.0), {**row("a", 1.5), "sparsity": 0.5}, row("b", 3.0, "wrong")]
+    data = {**result(*rows), "set": "models"}
+    found = dict(layer_tables.layer_sections(data))["Forward + backward, 1 thread"]
+    assert "| layer | 50 % | 90 % |" in found
+    assert "| a, batch 32 | **1.50** | 4.00 |" in found
+    assert "| b, batch 32 | - | wrong |" in found
 
 
 def test_compare_names_an_unreadable_file(tmp_path: Path) -> None:

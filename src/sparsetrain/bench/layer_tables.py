@@ -65,6 +65,21 @@ def _main_table(run: Json) -> str:
     return table(header, rows)
 
 
+def _wide_table(run: Json) -> str:
+    """A row per layer, a column per sparsity: for results with more layers than can be read."""
+    found: dict[str, dict[float, str]] = {}
+    for row in run["rows"]:
+        own = row["contestants"].get("sparsetrain", {})
+        ratio, goal = own.get("x_dense"), row["targets"].get("x_dense")
+        shown = median(ratio) if ratio else own.get("status", "-")
+        missed = _judged(ratio, goal) == "MISSED"
+        found.setdefault(case_name(row), {})[row["sparsity"]] = f"**{shown}**" if missed else shown
+    sparsities = sorted({s for cells in found.values() for s in cells})
+    rows = [[name, *(cells.get(s, "-") for s in sparsities)] for name, cells in found.items()]
+    line = "Times dense; bold where the floor is missed.\n\n"
+    return line + table(["layer", *map(percent, sparsities)], rows)
+
+
 def _peer_table(run: Json) -> str:
     rows, present = [], [p for p in PEERS if any(p in row["contestants"] for row in run["rows"])]
     for row in run["rows"]:
@@ -190,16 +205,21 @@ def _machine(data: Json) -> str:
     return f"{environment_lines(data['runs'][0]['environment'])}\n{neighbours}"
 
 
+def _rows(data: Json) -> list[Json]:
+    return [row for run in data["runs"] for row in run["rows"]]
+
+
 def layer_sections(data: Json) -> list[tuple[str, str]]:
     """(heading, Markdown) of everything a result of `bench layers` holds."""
     sections = [("Machine", _machine(data))]
     if data["verdicts"]:
         sections.append(("Requirements", verdict_summary(data)))
     limit = data["limits"].get("scaling_two_threads", 1.8)
+    many = data.get("set") == "models" and not any("best_peer" in r for r in _rows(data))
     for run in data["runs"]:
         name = threads_name(run["threads"])
         sections += [
-            (f"Forward + backward, {name}", _main_table(run)),
+            (f"Forward + backward, {name}", (_wide_table if many else _main_table)(run)),
             (f"Every library, x dense, forward + backward, {name}", _peer_table(run)),
             (f"Forward only, x dense, {name}", _forward_table(run)),
             (f"Kernels alone against the L1 ceiling, {name}", _kernel_table(run)),
