@@ -207,6 +207,7 @@ def _whole_row(name: str, file: str, run: Json, masked: Json) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "fashion": fashion_table,
+    "longer": lambda folder: fashion_table(folder / "longer"),
     "text": text_table,
     "cost": cost_table,
     "whole": whole_table,
