@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ Json = dict[str, Any]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "learning"
 COST = ("dense", "masks", "Static", "RigL")
+CountsOption = Annotated[list[int] | None, typer.Option(help="default: 1, 2; 0: no times")]
 UPDATES = "RigL update"  # RigL with an update at every step
 
 
@@ -234,15 +236,16 @@ def child_of(module: str, request: Json, threads: int) -> Json:
 
 
 def measure_cost(
-    module: str, request: Json, threads: Sequence[int], memory: bool, path: Path
+    module: str, request: Json, threads: Sequence[int] | None, memory: bool, path: Path
 ) -> None:
     """Times for each number of threads, then peaks, of one process per contestant; into `path`.
 
+    threads: default 1 and 2; 0 is no measurement.
     What the file has of other thread counts, or of peaks that are not asked for, stays.
     """
     known = read_json(path) if path.exists() else {}
     runs = {run["threads"]: run for run in known.get("times", [])}
-    for count in threads:
+    for count in filter(None, threads or (1, 2)):
         runs[count] = child_of(module, {**request, "task": "time"}, count)
     peaks = known.get("peaks", {})
     if memory:

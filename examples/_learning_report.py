@@ -6,22 +6,19 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from _learning import COST, RESULTS, Json
 
 from sparsetrain.bench.processes import read_json, write_text
+from sparsetrain.bench.tables import table
 
-Json = dict[str, Any]
 BLOCK = re.compile(r"(<!-- measured:begin (\w+) [^\n]*-->\n).*?(<!-- measured:end -->)", re.DOTALL)
 FASHION = ("dense", "Static", "SET", "RigL", "GMP", "ACDC", "TopKAST", "MEST")
 TEXT = ("dense", *(f"{n}-{p}" for p in (80, 90) for n in ("small", "Static", "RigL", "GMP")))
 TITLES = {"masks": "masks over dense weights", "ACDC": "AC/DC", "TopKAST": "Top-KAST"}
-COST = ("dense", "masks", "Static", "RigL")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, first column left, the others right."""
-    rule = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+OutOption = Annotated[Path, typer.Option("--out", help="folder of the result files")]
 
 
 def megabytes(count: float) -> str:
@@ -219,20 +216,25 @@ def generate(page: str, folder: Path) -> str:
     return BLOCK.sub(lambda m: f"{m[1]}\n{SECTIONS[m[2]](folder)}\n\n{m[3]}", page)
 
 
-def write_report(folder: Path, page: Path | None) -> None:
-    """Prints the tables and draws the plots of what there is; writes them into `page`."""
+def report(
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page to write the tables into")
+    ] = None,
+    out: OutOption = RESULTS,
+) -> None:
+    """Print the tables of all results, as Markdown, and draw their plots beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    print("\n\n".join(section(folder) for section in SECTIONS.values()))
-    if fashion_runs(folder):
-        draw_fashion(folder, pyplot)
-    if text_runs(folder):
-        draw_text(folder, pyplot)
+    print("\n\n".join(section(out) for section in SECTIONS.values()))
+    if fashion_runs(out):
+        draw_fashion(out, pyplot)
+    if text_runs(out):
+        draw_text(out, pyplot)
     if page is not None:
-        write_text(page, generate(page.read_text(encoding="utf-8"), folder))
+        write_text(page, generate(page.read_text(encoding="utf-8"), out))
 
 
 def _bars(axes: Any, titles: Sequence[str], values: Sequence[Sequence[float]]) -> None:

@@ -20,8 +20,18 @@ from typing import Annotated
 import torch
 import typer
 from _data import fashion_mnist
-from _learning import RESULTS, Json, Setting, child_of, measure_cost, peak_of, time_steps, train
-from _learning_report import write_report
+from _learning import (
+    RESULTS,
+    CountsOption,
+    Json,
+    Setting,
+    child_of,
+    measure_cost,
+    peak_of,
+    time_steps,
+    train,
+)
+from _learning_report import FASHION, OutOption, report
 from torch import Tensor, nn
 
 from sparsetrain.bench.memory import resident
@@ -29,12 +39,10 @@ from sparsetrain.bench.processes import write_json
 from sparsetrain.recipes.image_data import read_images
 from sparsetrain.recipes.image_models import build_network
 
-ALGORITHMS = ("dense", "Static", "SET", "RigL", "GMP", "ACDC", "TopKAST", "MEST")
 KEPT_DENSE = ["conv1", "fc"]
 RATE, BATCH = 0.1, 64
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
-OutOption = Annotated[Path, typer.Option("--out", help="folder of the result files")]
 WidthOption = Annotated[int, typer.Option(help="channels of the first stage")]
 SparsityOption = Annotated[float, typer.Option(help="of the sparse layers together")]
 
@@ -144,13 +152,13 @@ def train_all(
     out: OutOption = RESULTS,
 ) -> None:
     """Train; runs that have a result file are skipped."""
-    known = (*ALGORITHMS, "masks")
+    known = (*FASHION, "masks")
     for name in algorithm or ():
         if name not in known:
             raise typer.BadParameter(f"{name}: choose from {', '.join(known)}")
     folder = data or fashion_mnist()
     for one_seed in seed or (0, 1, 2):
-        for name in algorithm or ALGORITHMS:
+        for name in algorithm or FASHION:
             file = out / f"fashion-{name}-{one_seed}.json"
             if file.exists():
                 continue
@@ -168,26 +176,17 @@ def cost(
     batch: Annotated[int, typer.Option(help="images of a step")] = 64,
     repeats: Annotated[int, typer.Option(help="timed steps of each kind")] = 3,
     sparsity: SparsityOption = 0.95,
-    threads: Annotated[list[int] | None, typer.Option(help="default: 1, 2; 0: no times")] = None,
+    threads: CountsOption = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory, too")] = True,
     out: OutOption = RESULTS,
 ) -> None:
     """Whole steps with Adam: dense, masks over dense, Static, RigL; times, state, peak memory."""
     request = {"network": "ResNet-18", "width": width, "size": size, "batch": batch}
     request |= {"sparsity": sparsity, "repeats": repeats}
-    counts = [count for count in (threads or (1, 2)) if count]
-    measure_cost("learning", request, counts, memory, out / f"cost-resnet-{width}-{size}.json")
+    measure_cost("learning", request, threads, memory, out / f"cost-resnet-{width}-{size}.json")
 
 
-@app.command()
-def report(
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown page to write the tables into")
-    ] = None,
-    out: OutOption = RESULTS,
-) -> None:
-    """Print the tables of all results, as Markdown, and draw their plots beside them."""
-    write_report(out, page)
+app.command()(report)
 
 
 if __name__ == "__main__":

@@ -23,21 +23,28 @@ from typing import Annotated, Any
 import torch
 import typer
 from _data import king_james
-from _learning import RESULTS, Json, Setting, child_of, measure_cost, peak_of, time_steps, train
-from _learning_report import write_report
+from _learning import (
+    RESULTS,
+    CountsOption,
+    Json,
+    Setting,
+    child_of,
+    measure_cost,
+    peak_of,
+    time_steps,
+    train,
+)
+from _learning_report import TEXT, OutOption, report
 from torch import Tensor, nn
 
 from sparsetrain.bench.memory import resident
 from sparsetrain.bench.processes import write_json
 
-RUNS = ("dense", "Static-80", "RigL-80", "GMP-80", "small-80")
-RUNS += ("Static-90", "RigL-90", "GMP-90", "small-90")
 KEPT_DENSE = ["embed_out"]
 HEADS, CONTEXT = 4, 128
 BATCH, RATE = 8, 4e-3
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
-OutOption = Annotated[Path, typer.Option("--out", help="folder of the result files")]
 WidthOption = Annotated[int, typer.Option(help="of the network; a multiple of 8")]
 LayersOption = Annotated[int, typer.Option(help="blocks of attention and MLP")]
 
@@ -204,7 +211,7 @@ def train_all(
     out: OutOption = RESULTS,
 ) -> None:
     """Train; runs that have a result file are skipped."""
-    known = (*RUNS, "masks-80", "masks-90")
+    known = (*TEXT, "masks-80", "masks-90")
     for name in run or ():
         if name not in known:
             raise typer.BadParameter(f"{name}: choose from {', '.join(known)}")
@@ -212,7 +219,7 @@ def train_all(
         file = data or Path(folder) / "text"
         if data is None:
             file.write_text(king_james(), encoding="utf-8")
-        for name in run or RUNS:
+        for name in run or TEXT:
             result = out / f"text-{name}-{seed}.json"
             if result.exists():
                 continue
@@ -229,26 +236,17 @@ def cost(
     batch: Annotated[int, typer.Option(help="windows of 128 characters in a step")] = 16,
     percent: Annotated[int, typer.Option(help="sparsity in per cent")] = 90,
     repeats: Annotated[int, typer.Option(help="timed steps of each kind")] = 8,
-    threads: Annotated[list[int] | None, typer.Option(help="default: 1, 2; 0: no times")] = None,
+    threads: CountsOption = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory, too")] = True,
     out: OutOption = RESULTS,
 ) -> None:
     """Whole steps with AdamW: dense, masks over dense, Static, RigL; times, state, peak memory."""
     request = {"network": "GPT-NeoX", "width": width, "layers": layers, "batch": batch}
     request |= {"percent": percent, "letters": 64, "repeats": repeats}
-    counts = [count for count in (threads or (1, 2)) if count]
-    measure_cost("learning_text", request, counts, memory, out / f"cost-gpt-{width}-{layers}.json")
+    measure_cost("learning_text", request, threads, memory, out / f"cost-gpt-{width}-{layers}.json")
 
 
-@app.command()
-def report(
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown page to write the tables into")
-    ] = None,
-    out: OutOption = RESULTS,
-) -> None:
-    """Print the tables of all results, as Markdown, and draw their plots beside them."""
-    write_report(out, page)
+app.command()(report)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.bench.tables import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- measured:begin [^\n]*-->\n).*?(<!-- measured:end -->)", re.DOTALL)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, first column left, the others right."""
-    rule = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def demo_section(report: dict[str, Any]) -> str:

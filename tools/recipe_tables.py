@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from readme_tables import ROOT, table
+from readme_tables import ROOT
+
+from sparsetrain.bench.tables import table
 
 PAGE = ROOT / "docs" / "recipes.md"
 RESULTS = ROOT / "docs" / "recipes"

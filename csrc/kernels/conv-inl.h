@@ -218,8 +218,8 @@ struct Placer {
     return n;
   }
 
-  // Whether every pixel is written, also those that no kernel position reaches.
   bool in_pairs() const { return side.result_step[0] <= 2 && side.result_step[1] == 2; }
+  // Whether every pixel is written, also those that no kernel position reaches.
   bool covers() const {
     const int64_t all = side.result_step[0] * side.result_step[1];
     return in_pairs() || static_cast<int64_t>(side.phases.size()) == all;

@@ -69,8 +69,8 @@ _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.5
 # Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
 _PIXELS = 64
 _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.40, "grad_values": 0.35}
-# A stride leaves the library less to gain in grad_input: filled, few, 1 x 1.
-_STRIDED = (0.80, 0.55, 1.0)
+# A stride leaves the library less to gain in grad_input.
+_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.80, 0.55, 1.0
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 _FILLING = 8
@@ -90,7 +90,7 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     if _output_pixels(problem) < _PIXELS:
         return _FEW_PIXELS[direction]
     if direction == "grad_input" and math.prod(problem.stride) > 1:
-        return _STRIDED[2 if pointwise else 0 if filled else 1]
+        return _STRIDED_1X1 if pointwise else _STRIDED if filled else _STRIDED_FEW
     if pointwise:
         return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
     return (_FILLED if filled else _FEW)[direction]
@@ -127,7 +127,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | batches of 8 or more                  | 0.75    | 0.70       | 0.85        |
     | float32  | with a stride above 1                 |         | 0.80       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
-    | float32  | an input or output of 32 MiB and more | 0.95    | 0.95       | 0.95        |
+    | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
     | float32  | smaller batches                       | 0.70    | 0.45       | 0.60        |
     | float32  | with a stride above 1                 |         | 0.55       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |

@@ -38,8 +38,12 @@ def _judged(measured: Json | None, goal: Json | None) -> str:
     return judge(measured, goal["floor"], goal["aim"]) if goal else "-"
 
 
+def _has_peers(run: Json) -> bool:
+    return any("best_peer" in row for row in run["rows"])
+
+
 def _main_table(run: Json) -> str:
-    peers = any("best_peer" in row for row in run["rows"])
+    peers = _has_peers(run)
     tuned = any("tuned" in row["contestants"] for row in run["rows"])
     header = ["layer", "sparsity", "dense ms", "sparsetrain ms", "x dense", "floor / aim"]
     header += ["verdict", *(["tuned: x dense", "x untuned"] if tuned else [])]
@@ -205,19 +209,15 @@ def _machine(data: Json) -> str:
     return f"{environment_lines(data['runs'][0]['environment'])}\n{neighbours}"
 
 
-def _rows(data: Json) -> list[Json]:
-    return [row for run in data["runs"] for row in run["rows"]]
-
-
 def layer_sections(data: Json) -> list[tuple[str, str]]:
     """(heading, Markdown) of everything a result of `bench layers` holds."""
     sections = [("Machine", _machine(data))]
     if data["verdicts"]:
         sections.append(("Requirements", verdict_summary(data)))
     limit = data["limits"].get("scaling_two_threads", 1.8)
-    many = data.get("set") == "models" and not any("best_peer" in r for r in _rows(data))
     for run in data["runs"]:
         name = threads_name(run["threads"])
+        many = data.get("set") == "models" and not _has_peers(run)
         sections += [
             (f"Forward + backward, {name}", (_wide_table if many else _main_table)(run)),
             (f"Every library, x dense, forward + backward, {name}", _peer_table(run)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -236,12 +235,10 @@ def saved_by_convolutions() -> list[Json]:
 
 def peers_of(layer: Layer) -> list[str]:
     """Names of the contestants of other libraries that have such a layer and are installed."""
-    import torch
-
     from sparsetrain.bench import contestants
+    from sparsetrain.bench.problems import sparse_weight
 
-    weight = torch.eye(layer.weight_shape[0], math.prod(layer.weight_shape[1:]))
-    weight = weight.view(layer.weight_shape)
+    weight = sparse_weight(layer.weight_shape, 0.9)
     kinds = [kind for kind in contestants.PEERS if layer.kind in kind.kinds]
     return [k.name for k in kinds if contestants.build(k, layer, weight, None)[0] is not None]
 
@@ -363,7 +360,7 @@ def _peak(kind: str, table: Json, options: Options) -> Json:
 
 
 def _beside(peak: Json, dense: Json) -> Json:
-    """Another library's peak, which nothing is asked of."""
+    """`peak` with `beyond_needed` and the ratio to dense's."""
     peak["beyond_needed"] = peak["peak"] - peak["needed"]
     peak["x_dense"] = peak["peak"] / max(dense["peak"], 1)
     return peak
@@ -375,9 +372,8 @@ def judged_peaks(dense: Json, sparse: Json, linear: bool) -> list[Json]:
     A linear layer may take a quarter of its input beyond what nobody can do without (a copy of the
     input would be all of it); a convolution 1.25 times what dense takes in all.
     """
-    for peak in (dense, sparse):
-        peak["beyond_needed"] = peak["peak"] - peak["needed"]
-    sparse["x_dense"] = sparse["peak"] / max(dense["peak"], 1)
+    dense["beyond_needed"] = dense["peak"] - dense["needed"]
+    _beside(sparse, dense)
     met = sparse["x_dense"] <= PEAK_LIMIT
     if linear:
         met = sparse["beyond_needed"] < sparse["input"] / 4
