@@ -168,7 +168,7 @@ void fill_copies(const ConvSide& s, const Planes<S>& p, int64_t group, int64_t s
                      [&](int64_t c) { return s.used[c] != 0; });
   for (int64_t c = c0; c < c1; c++) {
     if (!s.used[c]) continue;
-    if (c + 1 < p.channels) prefetch_lanes(s, p, c + 1, group, from, to);
+    if (c + 1 < p.channels && s.used[c + 1]) prefetch_lanes(s, p, c + 1, group, from, to);
     for (int64_t k = 0; k < kinds; k++)
       fill_lanes(s, p, c, s.kinds[k].phase, s.kinds[k].shift, group, from, to,
                  copies + (c * kinds + k) * s.copy_lanes);
@@ -519,14 +519,13 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
       const int64_t phases = static_cast<int64_t>(s.phases.size());
       const int64_t c0 = i % x_parts * channels, c1 = least(c0 + channels, s.result_channels);
       Sum<S>* to = centres.get() + t * centre_size;
-      auto wanted = [&](int64_t c) {
-        return s.side.row_begin[c * phases] != s.side.row_begin[(c + 1) * phases];
-      };
+      auto wanted = [&](int64_t c) { return any_nonzeros(s.side, c * phases, (c + 1) * phases); };
       if (s.flat && x.step[0] == 1 && x.step[1] == 1)
         return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes, wanted);
       for (int64_t c = c0; c < c1; c++) {
         if (!wanted(c)) continue;
-        if (c + 1 < s.result_channels) prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
+        if (c + 1 < s.result_channels && wanted(c + 1))
+          prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
         for (int64_t f = 0; f < phases; f++)
           fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,
                      to + (c * phases + f) * s.centre_lanes);

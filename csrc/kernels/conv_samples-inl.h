@@ -150,6 +150,10 @@ struct SampleWriter {
   }
 };
 
+ST_INLINE bool any_nonzeros(const Side& side, int64_t first_row, int64_t end_row) {
+  return side.row_begin[first_row] != side.row_begin[end_row];
+}
+
 // Rows of the grid in one strip of a side.
 struct StripRows {
   int64_t from, to;
@@ -190,7 +194,7 @@ void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<c
       zero(0, rows, out);
       continue;
     }
-    if (c + 1 < m.channels)
+    if (c + 1 < m.channels && s.used[c + 1])
       prefetch_pixels(m, group, c + 1, (top + y0) * width, (top + y1) * width);
     zero(0, y0, out);
     pack_pixels(m, group, c, (top + y0) * width, (top + y1) * width, slots + y0 * width, out);
@@ -477,8 +481,9 @@ struct SampleGradient {
     const StripRows y(conv, strip);
     const int64_t from = y.from * conv.grid[1], to = y.to * conv.grid[1];
     for (int64_t c = c0; c < c1; c++) {
-      if (conv.side.row_begin[c] == conv.side.row_begin[c + 1]) continue;
-      if (c + 1 < dy.channels) prefetch_pixels(dy, group, c + 1, from, to);
+      if (!any_nonzeros(conv.side, c, c + 1)) continue;
+      if (c + 1 < dy.channels && any_nonzeros(conv.side, c + 1, c + 2))
+        prefetch_pixels(dy, group, c + 1, from, to);
       pack_pixels(dy, group, c, from, to, nullptr, packed + c * row_size());
     }
   }
