@@ -42,15 +42,7 @@ class Traffic:
         return future.get_future().then(lambda f: f.value()[0])
 
 
-def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def train(rank: int, world: int, kind: str, die: bool) -> None:
     model = DistributedDataParallel(network(seed=rank))  # which broadcasts the first rank's
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sparsifier = ALGORITHMS[kind](model, optimizer, 0.7, schedule=SCHEDULES[kind])
@@ -73,7 +65,23 @@ def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
         mine = sum(p.numel() for p in model.parameters())
         assert traffic.elements == 20 * mine, (traffic.elements, mine)
     print(sparsifier.updates, sparsifier._fingerprints(), *losses)
+
+
+def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    train(rank, world, kind, die)
     dist.destroy_process_group()
+    # DistributedDataParallel leaks the group (torch 2.13), whose threads then run until the end,
+    # where one that lets go of a tensor asks a dead interpreter for its lock and aborts.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
