@@ -57,7 +57,21 @@ def _native_info() -> tuple[str, tuple[str, ...], str]:
     return chosen, choices, compiler
 
 
+def _load_routes(beside: Path) -> bool:
+    """Loads what records training steps without Python, if it was built with this very torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    path = beside.with_name(f"_route_{major}_{minor}.so")
+    if os.environ.get("SPARSETRAIN_PYTHON_AUTOGRAD") == "1" or not path.exists():
+        return False
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError:  # of another build of the same version: Python does the same, more slowly
+        return False
+    return True
+
+
 _PATH = _load()
+HAS_ROUTES = _load_routes(_PATH)
 _ISA, _ISAS_AVAILABLE, _COMPILER = _native_info()
 
 
@@ -98,7 +112,8 @@ def info() -> dict[str, Any]:
 
     Returns a dict of plain values: ``isa`` (kernels in use), ``isas_available`` (best first),
     ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (of torch,
-    now), ``library`` (path), ``compiler`` and ``versions``.
+    now), ``library`` (path), ``compiler``, ``autograd`` ("C++", or "Python" where the part that
+    needs the torch it was built with is missing) and ``versions``.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -110,6 +125,7 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "library": str(_PATH),
         "compiler": _COMPILER,
+        "autograd": "C++" if HAS_ROUTES else "Python",
         "versions": {
             "sparsetrain": _version(),
             "torch": torch.__version__,

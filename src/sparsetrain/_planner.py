@@ -12,14 +12,16 @@ operations `*_planned`, which ask for the plan of the sizes that they meet.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsetrain import _plan_store
+from sparsetrain import _native, _plan_store
 from sparsetrain._autograd import direct
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
@@ -43,6 +45,27 @@ class Choice(NamedTuple):
     variant: int = 0
 
 
+class _Route:
+    """A plan as the native side knows it, which records a training step without Python.
+
+    The gradients are computed as planned when the forward product was: with another number of
+    threads in between, this is the plan that they are from.
+    """
+
+    def __init__(self, operations: Sequence[Any], geometry: Sequence[Any], size: Any) -> None:
+        names = [operation._schema.name if operation else "" for operation in operations]
+        arguments = [[0, *a] if isinstance(a, (tuple, list)) else [1, a] for a in (*geometry, size)]
+        self.number: int = _unseen(torch.ops.sparsetrain.make_route, names, arguments)
+        forget = torch.ops.sparsetrain.forget_route
+        weakref.finalize(self, _unseen, forget, self.number).atexit = False
+
+
+def _unseen(operation: Callable[..., Any], *inputs: Any) -> Any:
+    """Without torch's modes, which would count this or take it for a computation."""
+    with _disable_current_modes():
+        return operation(*inputs)
+
+
 class _Plan(NamedTuple):
     """The four functions that compute one layer on one geometry."""
 
@@ -50,6 +73,7 @@ class _Plan(NamedTuple):
     grad_input: Callable[..., Tensor]
     grad_values: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    route: _Route | None
 
 
 # (direction, x's shape, rows, nonzeros, dtype, threads, deterministic, geometry) -> Choice
@@ -102,7 +126,11 @@ class Planner:
         calls = (self._forward, self._grad_input, self._grad_values, self._backward)
         named = {f"{suffix}_planned": schema for suffix, schema in schemas.items()}
         self._ops = define(name, named, *calls)
-        self.products = Family(*self._ops, shapes=shapes, calls=calls)
+        recorded = None
+        if _native.HAS_ROUTES:
+            self._routed = direct(torch.ops.sparsetrain.routed.default)
+            recorded = self._recorded
+        self.products = Family(*self._ops, shapes=shapes, calls=calls, recorded=recorded)
         for operations in families.values():
             Family(*operations, shapes=shapes, products=self.products)
 
@@ -141,17 +169,26 @@ class Planner:
 
     def _made(self, key: Any) -> _Plan:
         choices = [self.choose(direction, *self._problem(key)) for direction in DIRECTIONS]
-        forward, grad_input, grad_values = (
-            direct(self.families[choice.family][i]) for i, choice in enumerate(choices)
-        )
+        operations: list[Any] = [self.families[c.family][i] for i, c in enumerate(choices)]
+        forward, grad_input, grad_values = (direct(operation) for operation in operations)
+        both = self.families[choices[1].family][3]
         if choices[1].family == choices[2].family:
-            backward = direct(self.families[choices[1].family][3])
+            backward = direct(both)
+            operations.append(both)
         else:
             backward = self._one_by_one(grad_input, grad_values)
+            operations.append(None)
         if len(self._plans) >= _PLANS_KEPT:
             self._plans = {}
-        plan = self._plans[key] = _Plan(forward, grad_input, grad_values, backward)
+        route = self._route(operations, key) if _native.HAS_ROUTES else None
+        plan = self._plans[key] = _Plan(forward, grad_input, grad_values, backward, route)
         return plan
+
+    def _route(self, operations: Sequence[Any], key: Any) -> _Route | None:
+        (x_shape, *_), geometry, *_ = key
+        if len(x_shape) < 2:  # for the native operation to refuse
+            return None
+        return _Route([*operations, *self._ops[1:3]], geometry, self.shapes.size(x_shape))
 
     @staticmethod
     def _problem(key: Any) -> Problem:
@@ -214,6 +251,17 @@ class Planner:
             self._observed(x, crow, col, key, geometry)
         call = self._ops[0] if plan is None else plan.forward
         return call(x, values, bias, crow, col, key, *geometry)
+
+    def _recorded(self, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        """The forward product, where plain autograd records it."""
+        crow, col, key, *geometry = rest
+        plan = self._plan(x.shape, x, crow, col, tuple(geometry))
+        if plan is None or plan.route is None:
+            return self.products.forward.function(x, values, bias, *rest)
+        if self.observer is not None:
+            self._observed(x, crow, col, key, tuple(geometry))
+        y: Tensor = self._routed(plan.route.number, x, values, bias, crow, col, key)
+        return y
 
     def _grad_input(
         self,

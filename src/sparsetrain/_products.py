@@ -146,12 +146,15 @@ class Family:
         shapes: Shapes,
         products: Products | None = None,
         calls: Sequence[Callable[..., Any]] | None = None,
+        recorded: Callable[..., Tensor] | None = None,
     ) -> None:
         """`products` is asked for the derivatives: this family itself where None. `calls` are the
-        four functions to call where nothing has to be traced: the operations where None."""
+        four functions to call where nothing has to be traced: the operations where None.
+        `recorded` computes the forward product where plain autograd records it: `forward.function`
+        where None."""
         products = products or self
         calls = calls or [direct(op) for op in (forward, grad_input, grad_values, backward)]
-        self.forward = _Operation(_Forward(forward, shapes, products), calls[0])
+        self.forward = _Operation(_Forward(forward, shapes, products), calls[0], recorded)
         self.grad_input = _Operation(_GradInput(grad_input, shapes, products), calls[1])
         self.grad_values = _Operation(_GradValues(grad_values, shapes, products), calls[2])
         self._backward = _Backward(backward, shapes, products)
@@ -218,18 +221,24 @@ class _Operation(Generic[_Out]):
     """The typed way into an operation, by the cheapest route that is right.
 
     nothing to record                    the native operation itself
-    plain autograd                       an old-style `autograd.Function`
+    plain autograd                       `recorded`, or an old-style `autograd.Function`
     torch.func, forward-mode AD          a `setup_context` Function, the kind these accept
     torch.compile, torch.export          the registered operation, with its registered derivatives
     """
 
-    def __init__(self, rules: _Rules[_Out], call: Callable[..., _Out]) -> None:
+    def __init__(
+        self,
+        rules: _Rules[_Out],
+        call: Callable[..., _Out],
+        recorded: Callable[..., _Out] | None = None,
+    ) -> None:
         self.op = rules.op
         self.differentiable = rules.differentiable
         self.direct = call
-        self.fast, self.transformable = functions(
+        self.function, self.transformable = functions(
             rules.op, call, rules.keep, rules.backward, rules.jvp
         )
+        self.recorded = recorded or self.function
 
     def __call__(self, *inputs: Any) -> _Out:
         if transforming():
@@ -239,7 +248,7 @@ class _Operation(Generic[_Out]):
         if _is_grad_enabled():
             for i in self.differentiable:
                 if inputs[i] is not None and inputs[i].requires_grad:
-                    return self.fast(*inputs)
+                    return self.recorded(*inputs)
         with below_autograd():
             return self.direct(*inputs)
 

@@ -10,8 +10,9 @@ pattern `crow`, `col`:
 A fourth, linear_backward, is the last two in one pass over `grad`, for the ordinary training step.
 Their fakes, derivatives and vmap rules are those of `_products`, which convolutions share.
 
-On a tiny layer (64 -> 64, batch 8, one thread) forward and backward take 60 us by plain autograd,
-107 under torch.func and 91 with the registered derivatives; the forward pass alone 10, 35 and 29.
+On a tiny layer (64 -> 64, batch 8, 90 % sparse, one thread) forward and backward take 1.05 times as
+long as those of the dense layer where C++ records them (csrc/ops/route.cc), 1.3 times where Python
+does, and about twice as long under torch.func and with the registered derivatives.
 
 Shape letters: B rows of the (flattened) input, I input features, O output features, N nonzeros.
 The pattern travels as `crow` int32 (O + 1,), `col` int32 (N,) and `key` int64 (1,), the name under
