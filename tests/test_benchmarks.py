@@ -444,6 +444,27 @@ def test_ceilings_are_measured(tmp_path: Path) -> None:
     assert "GF/s, 1 thread" in done.stdout
 
 
+@needs_compiler
+def test_ceilings_say_what_the_kernels_of_asked_layers_reach(tmp_path: Path) -> None:
+    result, shapes = tmp_path / "ceilings.json", tmp_path / "mine.toml"
+    shapes.write_text(
+        "sparsities = [0.5]\nquick_sparsities = [0.5]\nbudget_s = 0.2\nquick_budget_s = 0.2\n"
+        '[[layer]]\nname = "mine"\nkind = "linear"\ninputs = 64\noutputs = 64\nbatch = 256\n'
+    )
+    options = ["--quick", "--threads", "1", "--sparsity", "0.8,0.9", "--shapes", shapes]
+    done = bench("ceilings", *options, "--json", result)
+    assert done.exit_code == 0, done.output
+    (run,) = json.loads(result.read_text())["layers"]["runs"]
+    assert [row["sparsity"] for row in run["rows"]] == [0.8, 0.9]
+    for row in run["rows"]:
+        assert all(
+            0 < kernel["fraction_of_l1"]["median"] < 1.5 for kernel in row["kernels"].values()
+        )
+    assert "Kernels alone against the L1 ceiling, 1 thread" in done.stdout
+    done = bench("ceilings", "--quick", "--threads", "1", "--layers", "no such layer")
+    assert done.exit_code == 2
+
+
 def test_without_a_compiler_the_ceilings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings.shutil, "which", lambda _: None)
     with pytest.raises(RuntimeError, match="no compiler was found: install g"):

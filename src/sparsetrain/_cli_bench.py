@@ -72,13 +72,16 @@ Examples:
 CEILINGS_HELP = """
 Measure what this CPU gives at most: multiply-adds from registers, L1, L2, L3 and memory.
 
-A sparse product loads once per multiply-add, so the L1 line is its roofline. Needs g++ (or CXX).
+A sparse product loads once per multiply-add, so the L1 line is its roofline. With --sparsity,
+--shapes or --layers, also what the kernels of those layers reach of it. Needs g++ (or CXX).
 
 Examples:
 
 [bold]sparsetrain bench ceilings --quick[/bold]
 
 [bold]sparsetrain bench ceilings --threads 1,2,4 --json ceilings.json[/bold]
+
+[bold]sparsetrain bench ceilings --set conv --layers 3x3 --sparsity 0.9[/bold]
 """
 THREADS_HELP = """
 Measure time on one thread over time on several, in turn in one process.
@@ -293,6 +296,10 @@ def report(
 
 @bench.command("ceilings", help=CEILINGS_HELP)
 def ceilings(
+    set_: Set = "linear",
+    shapes: Shapes = None,
+    layers: LayerNames = "",
+    sparsity: Sparsity = "",
     threads: Threads = "1,2",
     peers: Annotated[
         bool, typer.Option("--peers", help="The dense library's product beside them.")
@@ -302,10 +309,22 @@ def ceilings(
 ) -> None:
     """Measure the ceilings (its help is CEILINGS_HELP)."""
     from sparsetrain.bench import machine_bench
+    from sparsetrain.bench.layers import Options
 
     counts = numbers("--threads", threads, int, 1, 257)
+    kernels = None
+    if shapes or layers or sparsity:
+        kernels = Options(
+            set=set_,
+            shapes=shapes,
+            layers=_words(layers),
+            sparsities=numbers("--sparsity", sparsity, float, 0, 1),
+            threads=counts,
+            quick=quick,
+            kernels=True,
+        )
     rounds = 5 if quick else 40
-    data = _run(lambda _: machine_bench.run(counts, rounds, json_file, peers), None)
+    data = _run(lambda _: machine_bench.run(counts, rounds, json_file, peers, kernels), None)
     typer.echo(machine_bench.ceilings_report(data))
 
 

@@ -125,7 +125,8 @@ def _forward_table(run: Json) -> str:
     return table(header, rows) if rows else ""
 
 
-def _kernel_table(run: Json) -> str:
+def kernel_table(run: Json) -> str:
+    """Each kernel alone, and its part of the L1 ceiling; "" where none was measured."""
     rows, names = [], ["forward", "grad input", "grad values", "both grads"]
     for row in run["rows"]:
         if not row["kernels"]:
@@ -222,7 +223,7 @@ def layer_sections(data: Json) -> list[tuple[str, str]]:
             (f"Forward + backward, {name}", (_wide_table if many else _main_table)(run)),
             (f"Every library, x dense, forward + backward, {name}", _peer_table(run)),
             (f"Forward only, x dense, {name}", _forward_table(run)),
-            (f"Kernels alone against the L1 ceiling, {name}", _kernel_table(run)),
+            (f"Kernels alone against the L1 ceiling, {name}", kernel_table(run)),
             (f"Time on one thread / time on {name}, in one process", _scaling_table(run, limit)),
         ]
     sections.append(("Tiny layers", _tiny_table(data)))

@@ -48,6 +48,7 @@ class Options:
     json: Path | None = None
     resume: bool = False
     scaling_only: bool = False  # nothing but one thread against all
+    kernels: bool = False  # each kernel alone at every sparsity, not at those of the limits
 
 
 def load_shapes(options: Options) -> Json:
@@ -90,13 +91,12 @@ def groups(shapes: Json, options: Options) -> list[Json]:
 def _request(shapes: Json, options: Options, threads: int, done: set[Any]) -> Json:
     budget = shapes["quick_budget_s"] if options.quick else shapes["budget_s"]
     limits = shapes.get("limits", {})
-    roofline = threads in limits.get("roofline_threads", [threads])
     todo = [g for g in groups(shapes, options) if _identity(g["layer"], threads) not in done]
     return {
         "groups": todo,
         "targets": shapes.get("targets", {}),
         "sparsities": shapes["sparsities"],
-        "roofline": limits.get("roofline_sparsities", []) if roofline else [],
+        "roofline": _roofline(todo, limits, options, threads),
         "tiny": None if options.scaling_only else shapes.get("tiny"),
         "scaling_only": options.scaling_only,
         "forward": shapes.get("forward", False),
@@ -106,6 +106,15 @@ def _request(shapes: Json, options: Options, threads: int, done: set[Any]) -> Js
         "turn_s": 0.01 if options.quick else 0.03,
         "time_limit_s": options.time_limit_s,
     }
+
+
+def _roofline(todo: list[Json], limits: Json, options: Options, threads: int) -> list[float]:
+    """Sparsities at which the kernels alone are measured."""
+    if options.kernels:
+        return sorted({s for group in todo for s in group["sparsities"]})
+    if threads not in limits.get("roofline_threads", [threads]):
+        return []
+    return list(limits.get("roofline_sparsities", []))
 
 
 def _identity(layer: Json, threads: int) -> tuple[str, int, int]:

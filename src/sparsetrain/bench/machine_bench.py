@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparsetrain.bench import layers
+from sparsetrain.bench.layer_tables import kernel_table
+from sparsetrain.bench.layers import Options
 from sparsetrain.bench.machine import OtherLoad, environment
 from sparsetrain.bench.processes import command_line, run_child, write_json
 from sparsetrain.bench.tables import environment_lines, markdown, table, threads_name, with_spread
@@ -50,18 +53,29 @@ def dense_gflops(size: int = 1024) -> float:
     return 2e-9 * size**3 / (time.perf_counter() - start)
 
 
-def run(threads: Sequence[int], rounds: int, json: Path | None, peers: bool = False) -> Json:
+def run(
+    threads: Sequence[int],
+    rounds: int,
+    json: Path | None,
+    peers: bool = False,
+    kernels: Options | None = None,
+) -> Json:
     """The ceilings at every thread count; with `peers` the dense library's product beside them.
 
-    Raises RuntimeError without a compiler.
+    kernels: layers whose kernels are measured against the L1 ceiling. Raises RuntimeError without a
+    compiler, ValueError where `kernels` names no layer.
     """
     from sparsetrain.bench.ceilings import build
 
     build()  # here, so that a missing compiler is said once and plainly
+    if kernels is not None:
+        layers.groups(layers.load_shapes(kernels), kernels)  # raises before anything is measured
     data: Json = {"benchmark": "ceilings", "command": command_line(), "runs": []}
     for count in threads:
         request = {"threads": count, "rounds": rounds, "peers": peers}
         data["runs"].append(run_child("sparsetrain.bench.machine_bench", request, count))
+    if kernels is not None:
+        data["layers"] = layers.run(kernels)
     if json is not None:
         write_json(json, data)
     return data
@@ -79,4 +93,8 @@ def ceilings_report(data: Json) -> str:
     loads = ", ".join(f"{run['other_load_cpus']:g}" for run in runs)
     machine = environment_lines(runs[0]["environment"])
     machine += f"\n- vectors of {runs[0]['vector_bits']} bits; CPUs kept busy by others: {loads}"
-    return markdown([("Machine", machine), ("Ceilings", table(header, rows))], data["command"])
+    sections = [("Machine", machine), ("Ceilings", table(header, rows))]
+    for run in data.get("layers", {"runs": []})["runs"]:
+        heading = f"Kernels alone against the L1 ceiling, {threads_name(run['threads'])}"
+        sections.append((heading, kernel_table(run) or "none: these layers are computed densely"))
+    return markdown(sections, data["command"])
