@@ -21,11 +21,11 @@ from sparsetrain.bench import (
     memory,
     model_layers,
     models,
-    plots,
     report,
     timing,
     verdicts,
 )
+from sparsetrain.bench.break_even import break_even
 from sparsetrain.bench.problems import Layer, Problem, layer_from, sparse_weight
 from sparsetrain.bench.processes import SHAPES, load_toml
 from sparsetrain.cli import app
@@ -344,9 +344,34 @@ def test_verdicts(median: float, most: bool, expected: str) -> None:
 
 
 def test_break_even_is_where_the_speedup_passes_one() -> None:
-    assert plots.break_even([(0.0, 0.5), (0.75, 2.0)]) == pytest.approx(0.5)
-    assert plots.break_even([(0.0, 1.5), (0.5, 2.0)]) is None
-    assert plots.break_even([]) is None
+    assert break_even([(0.0, 0.5), (0.75, 2.0)]) == pytest.approx(0.5)
+    assert break_even([(0.0, 0.9), (0.2, 1.1), (0.5, 0.5), (0.875, 2.0)]) == pytest.approx(0.75)
+    assert break_even([(0.0, 1.5), (0.5, 2.0)]) is None
+    assert break_even([]) is None
+
+
+@pytest.mark.parametrize(
+    ("speedups", "measured", "verdict"),
+    [
+        ((0.5, 0.7, 2.0), 0.4, "floor"),
+        ((0.5, 0.6, 0.9), 1.0, "MISSED"),
+        ((1.1, 1.2, 2.0), 0.0, "floor"),
+        ((1.1, 0.8, 0.7), 1.0, "MISSED"),
+    ],
+    ids=str,
+)
+def test_a_late_break_even_is_missed(speedups: Any, measured: float, verdict: str) -> None:
+    rows = [
+        {
+            **{"layer": "a", "batch": 8, "sparsity": sparsity, "threads": 1, "targets": {}},
+            **{"contestants": {"sparsetrain": {"x_dense": {"median": speedup}}}, "kernels": {}},
+        }
+        for sparsity, speedup in zip((0.0, 0.3, 0.6), speedups, strict=True)
+    ]
+    data = {"limits": {"break_even": {"a": 0.45}}, "runs": [{"threads": 1, "rows": rows}]}
+    (found,) = verdicts.layer_verdicts(data)
+    assert found["measured"]["median"] == pytest.approx(measured, abs=0.06)
+    assert found["verdict"] == verdict
 
 
 def test_memory_accounting_is_complete_and_small() -> None:

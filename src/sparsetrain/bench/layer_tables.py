@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sparsetrain.bench.break_even import break_even
 from sparsetrain.bench.tables import (
     environment_lines,
     goal_cell,
@@ -16,9 +19,10 @@ from sparsetrain.bench.tables import (
     with_spread,
 )
 from sparsetrain.bench.timing import Json
-from sparsetrain.bench.verdicts import case_name, judge, kernel_name, peer_summary
+from sparsetrain.bench.verdicts import case_name, curve, judge, kernel_name, peer_summary
 
 PEERS = ("sparseprop", "sparselab")
+FEWEST_POINTS = 4  # of a layer, or no break-even is told
 
 
 def one_line(row: Json) -> str:
@@ -107,6 +111,30 @@ def _peer_table(run: Json) -> str:
     if not any(row[-1] != "-" for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return table(header, rows) + line
+
+
+def _break_even_cell(points: Sequence[tuple[float, float]]) -> str:
+    """The break-even as read off the curve, or on which side of it the curve lies."""
+    if not points:
+        return "-"
+    cross = break_even(points)
+    if cross is not None:
+        return percent(round(cross, 2))
+    if points[-1][1] >= 1:
+        return f"below {percent(points[0][0])}"
+    return f"above {percent(points[-1][0])}"
+
+
+def _break_even_table(run: Json) -> str:
+    """The break-even of each library, of layers that were measured at low sparsities too."""
+    names = [n for n in PEERS if any(n in row["contestants"] for row in run["rows"])]
+    rows = []
+    for case in dict.fromkeys(case_name(row) for row in run["rows"]):
+        own = curve(run, case, "sparsetrain")
+        if len(own) >= FEWEST_POINTS and own[0][0] < 0.5:
+            others = [_break_even_cell(curve(run, case, name)) for name in names]
+            rows.append([case, _break_even_cell(own), *others])
+    return table(["layer", "sparsetrain", *names], rows) if rows else ""
 
 
 def _forward_table(run: Json) -> str:
@@ -222,6 +250,7 @@ def layer_sections(data: Json) -> list[tuple[str, str]]:
         sections += [
             (f"Forward + backward, {name}", (_wide_table if many else _main_table)(run)),
             (f"Every library, x dense, forward + backward, {name}", _peer_table(run)),
+            (f"Break-even with dense (sparsity), {name}", "" if many else _break_even_table(run)),
             (f"Forward only, x dense, {name}", _forward_table(run)),
             (f"Kernels alone against the L1 ceiling, {name}", kernel_table(run)),
             (f"Time on one thread / time on {name}, in one process", _scaling_table(run, limit)),

@@ -68,13 +68,14 @@ def load_shapes(options: Options) -> Json:
 def groups(shapes: Json, options: Options) -> list[Json]:
     """Every layer on every batch: {"layer": table, "sparsities": [...], "peers", "targets"}."""
     named = shapes["quick_sparsities"] if options.quick else shapes["sparsities"]
-    extra = [] if options.quick else shapes.get("break_even_sparsities", [])
-    asked = sorted(set(options.sparsities or [*named, *extra]))
     found: list[Json] = []
     for table in shapes["layer"]:
         layer = {**shapes.get("defaults", {}), **table}
         if options.layers and not any(name in layer["name"] for name in options.layers):
             continue
+        crossing = layer["name"] in shapes.get("break_even_layers", [layer["name"]])
+        extra = shapes.get("break_even_sparsities", []) if crossing and not options.quick else []
+        asked = sorted(set(options.sparsities or [*named, *extra]))
         found.append({"layer": layer, "sparsities": asked, "peers": options.peers})
         small = {} if options.quick else shapes.get("small", {})
         for batch in small.get("batches", ()):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.bench.break_even import break_even, place
 from sparsetrain.bench.tables import threads_name
 from sparsetrain.bench.timing import Json
-from sparsetrain.bench.verdicts import case_name, kernel_name
+from sparsetrain.bench.verdicts import case_name, curve, kernel_name
 
 STYLES = {
     "sparsetrain": ("C0", "o"),
@@ -21,49 +20,22 @@ STYLES = {
 SPEEDUPS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
-def _place(sparsity: float) -> float:
-    """Where a sparsity stands on an axis that is linear in log(density)."""
-    return -math.log10(1 - sparsity)
-
-
-def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """Sparsity where the speedup crosses 1, None if it never does.
-
-    points: (sparsity, speedup), sorted. Between two of them log(speedup) is taken as linear in
-    log(density), which is a straight line in the plot.
-    """
-    for (s0, r0), (s1, r1) in itertools.pairwise(points):
-        if r0 < 1 <= r1:
-            part = math.log(1 / r0) / math.log(r1 / r0)
-            return float(1 - 10 ** -(_place(s0) + part * (_place(s1) - _place(s0))))
-    return None
-
-
-def _curve(run: Json, case: str, name: str) -> list[tuple[float, float]]:
-    points = []
-    for row in run["rows"]:
-        entry = row["contestants"].get(name, {})
-        if case_name(row) == case and "x_dense" in entry:
-            points.append((row["sparsity"], entry["x_dense"]["median"]))
-    return sorted(points)
-
-
 def _panel(panel: Any, run: Json, case: str) -> None:
     """One layer at one thread count: every library, and where each passes dense."""
     for name, (colour, marker) in STYLES.items():
-        points = _curve(run, case, name)
+        points = curve(run, case, name)
         if points:
-            places = [_place(s) for s, _ in points]
+            places = [place(s) for s, _ in points]
             panel.plot(places, [r for _, r in points], color=colour, marker=marker, label=name)
         cross = break_even(points)
         if cross is not None:
-            panel.axvline(_place(cross), color=colour, linestyle=":", linewidth=1)
+            panel.axvline(place(cross), color=colour, linestyle=":", linewidth=1)
             text = f" {100 * cross:.0f} %"
-            panel.annotate(text, (_place(cross), 1), color=colour, fontsize=8, va="top")
+            panel.annotate(text, (place(cross), 1), color=colour, fontsize=8, va="top")
     panel.axhline(1, color="black", linewidth=0.8)
     panel.set_yscale("log")
     ticks = sorted({row["sparsity"] for row in run["rows"]})
-    panel.set_xticks([_place(s) for s in ticks], [f"{100 * s:g}" for s in ticks])
+    panel.set_xticks([place(s) for s in ticks], [f"{100 * s:g}" for s in ticks])
     panel.set_yticks(SPEEDUPS, [f"{s:g}" for s in SPEEDUPS])
     panel.minorticks_off()
     panel.set_xlabel("sparsity, %")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sparsetrain.bench.break_even import break_even
 from sparsetrain.bench.timing import Json
 
 WHAT = {
@@ -152,6 +153,35 @@ def _summary(ratios: Sequence[float]) -> Json:
     return {"geomean": mean, "min": min(ratios), "max": max(ratios), "rows": len(ratios)}
 
 
+def curve(run: Json, case: str, name: str) -> list[tuple[float, float]]:
+    """(sparsity, speedup over dense) of one contestant on one layer, sorted."""
+    points = []
+    for row in run["rows"]:
+        entry = row["contestants"].get(name, {})
+        if case_name(row) == case and "x_dense" in entry:
+            points.append((row["sparsity"], entry["x_dense"]["median"]))
+    return sorted(points)
+
+
+def _break_even_verdicts(run: Json, limits: Json) -> list[Json]:
+    """`limits["break_even"]`: layer -> the sparsity by which it must have passed dense."""
+    found = []
+    wanted: dict[str, float] = limits.get("break_even", {})
+    for case in dict.fromkeys(case_name(r) for r in run["rows"] if r["layer"] in wanted):
+        limit = next(wanted[r["layer"]] for r in run["rows"] if case_name(r) == case)
+        points = curve(run, case, "sparsetrain")
+        measured = None
+        if points and points[0][0] <= limit:
+            cross = break_even(points)
+            if cross is None:
+                cross = points[0][0] if points[-1][1] >= 1 else 1.0
+            measured = {"median": cross, "p25": cross, "p75": cross, "rounds": len(points)}
+        facts = {"threads": run["threads"], "sparsity": None}
+        goal = {"floor": limit}
+        found.append(verdict("break-even with dense, sparsity", case, facts, measured, goal, True))
+    return found
+
+
 def layer_verdicts(data: Json) -> list[Json]:
     """Every requirement of the shapes file with what was measured for it."""
     found, limits = [], data["limits"]
@@ -159,6 +189,7 @@ def layer_verdicts(data: Json) -> list[Json]:
         for row in run["rows"]:
             found += _row_verdicts(row, limits)
         found += mean_verdicts(run, limits)
+        found += _break_even_verdicts(run, limits)
         tiny = run.get("tiny")
         for kind in ("training", "forward") if tiny else ():
             ratio, goal = tiny.get(f"{kind}_x_dense_time"), {"floor": limits["tiny_overhead"]}
