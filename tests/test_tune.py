@@ -245,6 +245,14 @@ def test_real_measurements() -> None:
     assert all(0 < s < 1 for row in plans.rows for s in row.seconds.values())
 
 
+def test_layers_with_all_their_weights_leave_nothing_to_choose() -> None:
+    layer = SparseLinear(40, 30, sparsity=0.0)
+    plans = sparsetrain.tune(layer, torch.randn(6, 40), cache=False, progress=False)
+    assert plans.rows == []
+    assert plans.explain()
+    assert not used_by(layer, torch.randn(6, 40))
+
+
 def test_wrong_use_raises_and_leaves_no_hook() -> None:
     with pytest.raises(TypeError, match="model is a list"):
         sparsetrain.tune([], torch.ones(1))  # type: ignore[arg-type]

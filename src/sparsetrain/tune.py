@@ -17,6 +17,7 @@ from sparsetrain._autograd import below_autograd, direct
 from sparsetrain._measure import Timing, compare
 from sparsetrain._plan_store import Entry
 from sparsetrain._planner import DIRECTIONS, Choice, Direction, Planner, Problem
+from sparsetrain.nn import SparseLayer
 
 __all__ = ["Plans", "Row", "load_plans", "tune"]
 
@@ -159,14 +160,15 @@ def tune(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no sparse layer was computed, or budget_s is not positive.
+        ValueError: no sparse layer was computed (layers that hold all their weights have nothing
+            to choose), or budget_s is not positive.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; tune takes a torch.nn.Module.")
     if not budget_s > 0:
         raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
     jobs = _capture(model, example_inputs, example_kwargs)
-    if not jobs:
+    if not jobs and not _any_full(model):
         raise ValueError(
             "no sparse layer was computed when the model was called with the example inputs; "
             "make layers sparse first, for instance with sparsetrain.sparsify(model, 0.9)."
@@ -176,6 +178,11 @@ def tune(
     plans.use()
     _keep(entries, cache)
     return plans
+
+
+def _any_full(model: nn.Module) -> bool:
+    """Whether a layer holds all its weights, which the library multiplies as they are."""
+    return any(isinstance(layer, SparseLayer) and not layer.sparsity for layer in model.modules())
 
 
 class _Job(NamedTuple):
