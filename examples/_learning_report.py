@@ -205,6 +205,7 @@ def _whole_row(name: str, file: str, run: Json, masked: Json) -> list[str]:
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "fashion": fashion_table,
     "longer": lambda folder: fashion_table(folder / "longer"),
+    "longest": lambda folder: fashion_table(folder / "longest"),
     "text": text_table,
     "cost": cost_table,
     "whole": whole_table,

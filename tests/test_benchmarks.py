@@ -368,7 +368,7 @@ def test_a_late_break_even_is_missed(speedups: Any, measured: float, verdict: st
         }
         for sparsity, speedup in zip((0.0, 0.3, 0.6), speedups, strict=True)
     ]
-    data = {"limits": {"break_even": {"a": 0.45}}, "runs": [{"threads": 1, "rows": rows}]}
+    data = {"limits": {"break_even": {"a, batch 8": 0.45}}, "runs": [{"threads": 1, "rows": rows}]}
     (found,) = verdicts.layer_verdicts(data)
     assert found["measured"]["median"] == pytest.approx(measured, abs=0.06)
     assert found["verdict"] == verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def command_line() -> str:
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     script = program.suffix == ".py" and program.name != "__main__.py"
     head = f"python benchmarks/{program.name}" if script else "sparsetrain"
-    return " ".join([head, *words])
+    return f"{head} {shlex.join(words)}"
 
 
 def both_commands(earlier: str, now: str) -> str:

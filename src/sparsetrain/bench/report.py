@@ -43,6 +43,7 @@ def hand_written(path: Path) -> str:
 RESULTS = (
     ("linear", ("linear", "layers"), "Linear layers"),
     ("conv", ("layers",), "Convolutions"),
+    ("conv_break_even", ("layers",), "Convolutions: where they pass dense"),
     ("models", ("models",), "Whole training steps"),
     ("layers", ("layers",), "Every layer of five networks"),
     ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),

@@ -164,13 +164,12 @@ def curve(run: Json, case: str, name: str) -> list[tuple[float, float]]:
 
 
 def _break_even_verdicts(run: Json, limits: Json) -> list[Json]:
-    """`limits["break_even"]`: layer -> the sparsity by which it must have passed dense."""
-    found = []
-    wanted: dict[str, float] = limits.get("break_even", {})
-    for case in dict.fromkeys(case_name(r) for r in run["rows"] if r["layer"] in wanted):
-        limit = next(wanted[r["layer"]] for r in run["rows"] if case_name(r) == case)
-        points = curve(run, case, "sparsetrain")
-        measured = None
+    """`limits["break_even"]`: case -> the sparsity by which it must have passed dense."""
+    found, measured_cases = [], {case_name(row) for row in run["rows"]}
+    for case, limit in limits.get("break_even", {}).items():
+        if case not in measured_cases:
+            continue
+        points, measured = curve(run, case, "sparsetrain"), None
         if points and points[0][0] <= limit:
             cross = break_even(points)
             if cross is None:
