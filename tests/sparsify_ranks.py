@@ -1,12 +1,14 @@
 """One of several processes that train one model, run by the tests of distributed training.
 
-    python sparsify_ranks.py RANK WORLD FILE ALGORITHM [die]
+    python sparsify_ranks.py RANK WORLD FILE ALGORITHM [die | resume]
 
-Prints one line at the end: the number of updates, the fingerprints and the loss of each step.
+Prints one line at the end: the number of updates, the fingerprints and the loss of each step. With
+"resume" all is built anew after step 16 and loads what was saved there.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import sys
@@ -42,17 +44,26 @@ class Traffic:
         return future.get_future().then(lambda f: f.value()[0])
 
 
-def train(rank: int, world: int, kind: str, die: bool) -> None:
+def build(rank: int, kind: str):
     model = DistributedDataParallel(network(seed=rank))  # which broadcasts the first rank's
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    sparsifier = ALGORITHMS[kind](model, optimizer, 0.7, schedule=SCHEDULES[kind])
+    return model, optimizer, ALGORITHMS[kind](model, optimizer, 0.7, schedule=SCHEDULES[kind])
+
+
+def train(rank: int, world: int, kind: str, mode: str) -> None:
+    model, optimizer, sparsifier = build(rank, kind)
     traffic = Traffic()
     if kind == "RigL":
         model.register_comm_hook(None, traffic.hook)
     losses = []
     for step in range(20):
-        if die and rank == 1 and step == 7:
+        if mode == "die" and rank == 1 and step == 7:
             os._exit(9)
+        if mode == "resume" and step == 16:
+            saved = [copy.deepcopy(x.state_dict()) for x in (model, optimizer, sparsifier)]
+            model, optimizer, sparsifier = build(rank, kind)
+            for part, state in zip((model, optimizer, sparsifier), saved, strict=True):
+                part.load_state_dict(state)
         x, y = batch(step)
         rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
         loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
@@ -61,13 +72,13 @@ def train(rank: int, world: int, kind: str, die: bool) -> None:
         sparsifier.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    if kind == "RigL":
+    if kind == "RigL" and mode != "resume":
         mine = sum(p.numel() for p in model.parameters())
         assert traffic.elements == 20 * mine, (traffic.elements, mine)
     print(sparsifier.updates, sparsifier._fingerprints(), *losses)
 
 
-def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
+def main(rank: int, world: int, file: str, kind: str, mode: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -76,7 +87,7 @@ def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    train(rank, world, kind, die)
+    train(rank, world, kind, mode)
     dist.destroy_process_group()
     # DistributedDataParallel leaks the group (torch 2.13), whose threads then run until the end,
     # where one that lets go of a tensor asks a dead interpreter for its lock and aborts.
@@ -85,4 +96,4 @@ def main(rank: int, world: int, file: str, kind: str, die: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], die="die" in sys.argv)
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], *(sys.argv[5:] or [""]))

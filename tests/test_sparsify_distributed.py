@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).with_name("sparsify_ranks.py")
 
 def run(tmp_path, *arguments, timeout=240):
     """What each of two processes printed, and how it ended."""
+    (tmp_path / "meet").unlink(missing_ok=True)  # of an earlier run
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
@@ -64,6 +65,16 @@ def test_all_ranks_hold_the_topology_that_one_process_would(kind, tmp_path):
     torch.testing.assert_close(both, torch.tensor(losses), rtol=1e-6, atol=1e-8)
     assert first == f"{sparsifier.updates} {sparsifier._fingerprints()}".rstrip("]")
     assert sparsifier.updates >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GMP", "ACDC", "TopKAST"])  # whose layers change their lengths
+def test_all_ranks_go_on_from_what_was_saved(kind, tmp_path):
+    for (code, output, errors), (_, whole, _) in zip(
+        run(tmp_path, kind, "resume"), run(tmp_path, kind), strict=True
+    ):
+        assert code == 0, errors
+        assert output == whole
 
 
 @pytest.mark.slow

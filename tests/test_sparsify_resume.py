@@ -110,6 +110,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
     refused(make("RigL", exclude="5")[2], state, "another model: layer 5 has shape")
     refused(make("RigL")[2], {"steps": 3}, "no sparsifier's: it lacks algorithm")
     refused(make("RigL")[2], opt.state_dict(), "no sparsifier's")
+    with pytest.raises(TypeError, match="state_dict must be a sparsifier's; got NoneType"):
+        sparsifier.load_state_dict(None)
 
 
 def test_the_state_is_no_view_of_what_goes_on():

@@ -56,6 +56,8 @@ def test_warm_up_scales_another_schedule():
     assert [s.value(t) for t in (0, 5, 10, 20, 50)] == [0.0, 0.1, 0.2, 0.4, 0.4]
     assert s.due(5)
     assert not s.due(6)
+    assert (s.every, s.stop) == (5, None)
+    assert schedules.WarmUp(schedules.WarmUp(schedules.Cubic(stop=90), 5), 9).stop == 90
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,22 @@ def test_warm_up_scales_another_schedule():
         (lambda: schedules.Cubic(stop=10, start=50), ValueError, "stop = 10 must come after start"),
         (lambda: schedules.Constant(stop=0), ValueError, "end before it starts"),
         (lambda: schedules.Periodic(warmup=10, stop=5), ValueError, "end before it starts"),
-        (lambda: schedules.WarmUp(schedules.Cosine(stop=50), 50), ValueError, "never be at full"),
+        (
+            lambda: schedules.Cosine(stop=100),
+            ValueError,
+            "update at step 100, but stop = 100",
+        ),
+        (
+            lambda: schedules.Constant(stop=99),
+            ValueError,
+            "update at step 100, but stop = 99",
+        ),
+        (lambda: schedules.Constant(every=5, start=9, stop=13), ValueError, "end before it starts"),
+        (
+            lambda: schedules.WarmUp(schedules.Cosine(every=9, stop=50), 50),
+            ValueError,
+            "never be at full",
+        ),
         (lambda: schedules.WarmUp(3, 50), TypeError, "must have due and value"),
         (lambda: schedules.Cosine(drop_fraction=0.0), ValueError, "drop_fraction must be in"),
         (lambda: schedules.Constant(drop_fraction=1.5), ValueError, "drop_fraction must be in"),
@@ -96,7 +113,7 @@ def test_published_schedules_act_and_end_within_the_training(kind):
     for total in (2, 10, 500, 100_000):
         s = ALGORITHMS[kind].published(total)
         due = [t for t in range(1, total + 1) if s.due(t)]
-        assert (len(due) == 0) == (kind == "Static" or (kind in ("RigL", "MEST") and total == 2))
+        assert (len(due) == 0) == (kind == "Static")
         if kind == "GMP":
             assert s.value(total) == 1.0
         if kind == "ACDC":
@@ -113,8 +130,13 @@ def test_published_schedules_act_and_end_within_the_training(kind):
 def test_erk_sums_to_the_total_and_no_layer_exceeds_density_one(shapes, sparsity):
     sizes = [math.prod(shape) for shape in shapes]
     counts = erk(shapes, sparsity)
-    assert sum(counts) == max(len(shapes), nonzeros_for(sum(sizes), sparsity))
+    total = max(len(shapes), nonzeros_for(sum(sizes), sparsity))
+    assert sum(counts) == total
     assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    most = [max(1, size // 3) for size in sizes]
+    counts = erk(shapes, sparsity, most)
+    assert sum(counts) == min(total, sum(most))
+    assert all(1 <= count <= limit for count, limit in zip(counts, most, strict=True))
 
 
 def test_erk_gives_small_layers_more():

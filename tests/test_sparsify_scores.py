@@ -38,6 +38,15 @@ def test_keep_top_prefers_the_first_of_equals():
     ]  # fmt: skip
 
 
+def test_the_criterion_of_mest():
+    model = sparsetrain.sparsify(linear([[1.0, -2.0], [0.0, 4.0]]), 0.25)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    mest = sparsetrain.MEST(model, opt, gradient_weight=0.5)
+    assert mest.drop_scores(mest.layers[0]).tolist() == [1.0, 2.0, 4.0]
+    model[0].values.grad = torch.tensor([-6.0, 1.0, 0.0])
+    assert mest.drop_scores(mest.layers[0]).tolist() == [4.0, 2.5, 4.0]
+
+
 def test_snip():
     """loss = sum(w x): the gradient is x, so the score is |w x|, summed over the batches."""
     model = linear([[1.0, -2.0], [3.0, 0.5]])

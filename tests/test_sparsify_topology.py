@@ -11,7 +11,7 @@ from torch import nn
 import sparsetrain
 from helpers import MASKS
 from sparsetrain.pattern import SparsePattern
-from sparsetrain.sparsify import _growth, keep_top
+from sparsetrain.sparsify import _growth, _monitor, keep_top
 from sparsetrain.sparsify._growth import gradient_at, strongest_inactive
 from sparsetrain.sparsify._optimizer import gather
 from sparsetrain.sparsify._topology import (
@@ -125,6 +125,22 @@ def test_random_inactive_is_uniform():
 
 def test_full_pattern():
     assert full_pattern((3, 5)) == SparsePattern.from_mask(torch.ones(3, 5, dtype=torch.bool))
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(rows=st.integers(1, 9), cols=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_packed_masks_count_and_grow_as_dense_ones_do(rows, cols, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tried, new = (torch.rand(2, rows, cols, generator=generator) < 0.2).unbind()
+    grown = new & ~tried & (torch.rand(rows, cols, generator=generator) < 0.3)
+    pattern = SparsePattern.from_mask(new)
+    bits = _monitor.pack(SparsePattern.from_mask(tried))
+    assert _monitor.count(bits) == int(tried.sum())
+    assert _monitor.shared(bits, pattern) == int((tried & new).sum())
+    tried |= new & ~grown
+    bits = _monitor.pack(SparsePattern.from_mask(tried))
+    _monitor.extend(bits, pattern, pattern.gather(grown.float()).nonzero().squeeze(1))
+    assert torch.equal(bits, _monitor.pack(SparsePattern.from_mask(tried | new)))
 
 
 LAYERS = {

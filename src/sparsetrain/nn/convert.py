@@ -260,7 +260,11 @@ def counts(
 ) -> list[int]:
     """How many weights each layer keeps, for every distribution but "global"."""
     if isinstance(distribution, Mapping):
-        return _counts_by_name(chosen, shapes, sparsity, distribution)
+        shares = sparsities_by_name(chosen, sparsity, distribution)
+        return [
+            nonzeros_for(torch.Size(shape).numel(), share)
+            for shape, share in zip(shapes, shares, strict=True)
+        ]
     return DISTRIBUTIONS[distribution](shapes, sparsity)
 
 
@@ -302,19 +306,16 @@ def _global_masks(
     return result
 
 
-def _counts_by_name(
-    chosen: Sequence[Place],
-    shapes: Sequence[tuple[int, ...]],
-    sparsity: float,
-    table: Mapping[str, float],
-) -> list[int]:
+def sparsities_by_name(
+    chosen: Sequence[Place], sparsity: float, table: Mapping[str, float]
+) -> list[float]:
+    """What `table` asks of each layer; `sparsity` where it says nothing."""
     unused = set(table)
     found = []
-    for place, shape in zip(chosen, shapes, strict=True):
+    for place in chosen:
         matching = [k for k in table if any(_name_matches(k, name) for name in place.names)]
         unused -= set(matching)
-        share = float(table[matching[0]]) if matching else sparsity
-        found.append(nonzeros_for(torch.Size(shape).numel(), share))
+        found.append(float(table[matching[0]]) if matching else sparsity)
     if unused:
         raise ValueError(
             f"distribution names {_options(dict.fromkeys(sorted(unused)))}, which matches no layer "

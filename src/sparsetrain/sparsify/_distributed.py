@@ -25,6 +25,7 @@ class Ranks:
             group = self.ddp.process_group
         self.group = group
         self.world = 1 if group is None else dist.get_world_size(group)
+        self._fitted = self._lengths()
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """`tensor` of the first rank, into it."""
@@ -63,8 +64,8 @@ class Ranks:
             )
 
     def refit(self) -> None:
-        """Makes DistributedDataParallel take the parameters' present lengths."""
-        if self.ddp is None:
+        """Makes DistributedDataParallel take the parameters' present lengths, if they changed."""
+        if self.ddp is None or self._lengths() == self._fitted:
             return
         ddp: Any = self.ddp
         try:
@@ -78,6 +79,10 @@ class Ranks:
                 f"knows, which cannot follow a change of nonzeros ({error}): use an algorithm that "
                 "keeps their number, such as RigL, SET or MEST, on a model that is already sparse"
             ) from error
+        self._fitted = self._lengths()
+
+    def _lengths(self) -> list[tuple[int, int]]:
+        return [] if self.ddp is None else [(id(p), p.numel()) for p in self.ddp.parameters()]
 
     def _call(self, collective: Callable[[], Any]) -> None:
         try:

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+_REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "keeps one flat state for all parameters, which cannot follow a change of "
+    "topology",
+    torch.optim.Muon: "works on matrices, and the values of a sparse layer are a vector",
+}
+
 
 def check_owner(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises unless the optimizer updates each of the named parameters.
@@ -24,11 +30,11 @@ def check_owner(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {optimizer!r}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "optimizer LBFGS keeps one flat state for all parameters, which cannot follow a change "
-            "of topology: use SGD, Adam, AdamW, RMSprop or Adagrad"
-        )
+    for kind, reason in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise ValueError(
+                f"optimizer {kind.__name__} {reason}: use SGD, Adam, AdamW, RMSprop or Adagrad"
+            )
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, parameter in parameters.items() if id(parameter) not in owned]
     if missing:
@@ -59,6 +65,11 @@ def replace_parameter(
         index: int64 (n,), positions in ``old.reshape(-1)``.
     """
     for group in optimizer.param_groups:
+        if "param_names" in group:  # an optimizer made from named_parameters()
+            group["param_names"] = [
+                f"{name.removesuffix('weight')}values" if p is old else name
+                for name, p in zip(group["param_names"], group["params"], strict=True)
+            ]
         group["params"] = [new if p is old else p for p in group["params"]]
     if old not in optimizer.state:
         return

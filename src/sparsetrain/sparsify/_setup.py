@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.nn import convert
-from sparsetrain.nn._base import SparseLayer, dense_weight
+from sparsetrain.nn._base import SparseLayer
 from sparsetrain.nn._replace import Replacement, replace
-from sparsetrain.nn._select import Place, Selection, select
+from sparsetrain.nn._select import Place, Selection, places, select
 from sparsetrain.pattern import check_sparsity, nonzeros_for
 from sparsetrain.sparsify import _optimizer
 from sparsetrain.sparsify._distributed import Ranks
 from sparsetrain.sparsify.criteria import keep_top
+from sparsetrain.sparsify.distributions import DISTRIBUTIONS
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Wishes:
     exclude: Selection
     initial: str  # a criterion, or "dense"
     prunes: bool  # whether a sparse model may become sparser
+    share: float = 1.0  # of the weights that a layer stores, those that the forward pass uses
 
 
 DEFAULT_SPARSITY = 0.9
@@ -87,9 +89,21 @@ def prepare(
     if wishes.sparsity is not None:
         check_sparsity(wishes.sparsity)
     convert.check_distribution(wishes.distribution)
-    if any(isinstance(m, SparseLayer) for m in model.modules()):
+    if is_sparse(model):
         return _already_sparse(model, optimizer, wishes)
     return _make_sparse(model, optimizer, wishes, generator, ranks)
+
+
+def check_model(model: nn.Module) -> nn.Module:
+    """`model`, if it is a module; raises TypeError otherwise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether some layer is sparse already."""
+    return any(isinstance(m, SparseLayer) for m in model.modules())
 
 
 def _already_sparse(model: nn.Module, optimizer: Optimizer, wishes: Wishes) -> list[Trained]:
@@ -98,23 +112,38 @@ def _already_sparse(model: nn.Module, optimizer: Optimizer, wishes: Wishes) -> l
     _optimizer.check_owner(
         optimizer, {p.name: layer.values for p, layer in zip(chosen, layers, strict=True)}
     )
+    _check_untied(model, chosen)
     goals = [layer.nnz for layer in layers]
-    if wishes.sparsity is not None and wishes.prunes:
-        wanted = _goals(chosen, layers, wishes.sparsity, wishes.distribution)
-        goals = [min(g, w) for g, w in zip(goals, wanted, strict=True)]
-    elif wishes.sparsity is not None:
-        total = sum(math.prod(layer.weight_shape) for layer in layers)
-        present = 1.0 - sum(goals) / total
-        if abs(present - wishes.sparsity) > max(0.0005, len(layers) / total):
+    if wishes.sparsity is not None:
+        _check_present(layers, wishes.sparsity, wishes.prunes)
+        if wishes.prunes:
+            goals = _goals(chosen, layers, wishes.sparsity, wishes.distribution)
+            shapes = [layer.weight_shape for layer in layers]
+            _check_goals(chosen, shapes, goals, wishes.sparsity, wishes)
+    for place, count in zip(chosen, goals, strict=True):
+        if wishes.share < 1.0 and count * wishes.share < 0.5:
             raise ValueError(
-                f"sparsity = {wishes.sparsity}, but the model is sparse already, at {present:.4f}, "
-                "and this algorithm keeps the number of weights: leave sparsity out, or begin "
-                "with the dense model, or prune it with GMP"
+                f"layer {place.name} has {count} weights, of which the forward pass would use none "
+                f"({count * wishes.share:.2f}): lower sparsity, or exclude={place.name!r}"
             )
     return [
         Trained(place.name, layer, goal, first=layer.nnz)
         for place, layer, goal in zip(chosen, layers, goals, strict=True)
     ]
+
+
+def _check_present(layers: Sequence[SparseLayer], sparsity: float, prunes: bool) -> None:
+    """Raises where sparse layers cannot get to `sparsity`."""
+    total = sum(math.prod(layer.weight_shape) for layer in layers)
+    present = 1.0 - sum(layer.nnz for layer in layers) / total
+    apart = present - sparsity if prunes else abs(present - sparsity)
+    if apart > max(0.0005, len(layers) / total):
+        reason = "gives no weights back" if prunes else "keeps the number of weights"
+        advice = "a higher one" if prunes else "prune it with GMP"
+        raise ValueError(
+            f"sparsity = {sparsity}, but the model is sparse already, at {present:.4f}, and this "
+            f"algorithm {reason}: leave sparsity out, or begin with the dense model, or {advice}"
+        )
 
 
 def _make_sparse(
@@ -126,6 +155,13 @@ def _make_sparse(
 ) -> list[Trained]:
     chosen = select(model, tuple(convert.SPARSE_TYPES), wishes.include, wishes.exclude)
     convert.check_prunable(model, chosen, inplace=True)
+    frozen = [p.name for p in chosen if not p.module.get_parameter("weight").requires_grad]
+    if frozen:
+        raise ValueError(
+            f"the weights of {', '.join(frozen[:10])}{' and others' if frozen[10:] else ''} do not "
+            "learn (requires_grad=False), so training cannot make up for those that would go: "
+            f"exclude={frozen[0]!r}, or prune them with sparsetrain.sparsify"
+        )
     weights = {place.name: place.module._parameters["weight"] for place in chosen}
     owned = {name: weight for name, weight in weights.items() if weight is not None}
     _optimizer.check_owner(optimizer, owned)
@@ -133,7 +169,8 @@ def _make_sparse(
     start = "magnitude" if wishes.initial == "dense" else wishes.initial
     masks = convert.masks(chosen, sparsity, wishes.distribution, start, generator)
     goals = [int(mask.sum()) for mask in masks]
-    _check_goals(chosen, masks, sparsity, wishes.distribution)
+    shapes = [tuple(mask.shape) for mask in masks]
+    _check_goals(chosen, shapes, goals, sparsity, wishes)
     if wishes.initial == "dense":
         masks = [torch.ones_like(mask) for mask in masks]
     made = []
@@ -163,7 +200,10 @@ def _goals(
         scores = [layer.values.detach().abs() for layer in layers]
         total = nonzeros_for(sum(math.prod(shape) for shape in shapes), sparsity)
         return pooled_counts(scores, min(total, sum(map(len, scores))))
-    return convert.counts(chosen, shapes, sparsity, distribution)
+    most = [layer.nnz for layer in layers]
+    if isinstance(distribution, str):
+        return DISTRIBUTIONS[distribution](shapes, sparsity, most)
+    return list(map(min, convert.counts(chosen, shapes, sparsity, distribution), most))
 
 
 def pooled_counts(scores: Sequence[Tensor], total: int) -> list[int]:
@@ -172,34 +212,59 @@ def pooled_counts(scores: Sequence[Tensor], total: int) -> list[int]:
     return [max(1, int(part.sum())) for part in torch.split(kept, [len(s) for s in scores])]
 
 
+def _check_untied(model: nn.Module, chosen: Sequence[Place]) -> None:
+    """Raises where a layer shares its `values` with another module, whose pattern would stay."""
+    users: dict[int, list[str]] = {}
+    for place in places(model):
+        for key, parameter in place.module._parameters.items():
+            users.setdefault(id(parameter), []).append(f"{place.name}.{key}")
+    for place in chosen:
+        names = users[id(place.module._parameters["values"])]
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} are one tensor, but each layer would change its own "
+                f"pattern: use one layer in both places, untie them, or exclude={place.name!r}"
+            )
+
+
 def _check_goals(
     chosen: Sequence[Place],
-    masks: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    goals: Sequence[int],
     sparsity: float,
-    distribution: str | Mapping[str, float],
+    wishes: Wishes,
 ) -> None:
     """Raises where rounding would leave a layer nothing; warns where some row must stay empty."""
-    thin = []
-    for place, mask in zip(chosen, masks, strict=True):
-        weight = dense_weight(place.module)[0]
-        kept, rows = int(mask.sum()), weight.shape[0]
-        if distribution == "uniform" and (1.0 - sparsity) * weight.numel() < 0.5:
+    sizes = [math.prod(shape) for shape in shapes]
+    for place, size, own in zip(chosen, sizes, _own(chosen, sparsity, wishes), strict=True):
+        if own is not None and (1.0 - own) * wishes.share * size < 0.5:
             raise ValueError(
-                f"sparsity = {sparsity} rounds to no weight at all in layer {place.name}, which "
-                f"has {weight.numel()}: lower it, exclude={place.name!r}, or use "
+                f"sparsity = {1.0 - (1.0 - own) * wishes.share:g} rounds to no weight at all in "
+                f"layer {place.name}, which has {size}: lower it, exclude={place.name!r}, or use "
                 "distribution='erk', which keeps small layers denser"
             )
-        if kept < rows:
-            thin.append(f"{place.name} ({kept} weights for {rows} outputs)")
-    total = sum(mask.numel() for mask in masks)
-    if (1.0 - sparsity) * total < len(masks) and not isinstance(distribution, Mapping):
+    total = (1.0 - sparsity) * wishes.share * sum(sizes)
+    if total < len(sizes) and not isinstance(wishes.distribution, Mapping):
         raise ValueError(
-            f"sparsity = {sparsity} leaves {(1.0 - sparsity) * total:.1f} weights for "
-            f"{len(masks)} layers: lower it so that each has at least one"
+            f"sparsity = {1.0 - (1.0 - sparsity) * wishes.share:g} leaves {total:.1f} weights for "
+            f"{len(sizes)} layers: lower it so that each has at least one"
         )
+    kept = [round(goal * wishes.share) for goal in goals]
+    thin = [
+        f"{place.name} ({count} weights for {shape[0]} outputs)"
+        for place, shape, count in zip(chosen, shapes, kept, strict=True)
+        if count < shape[0]
+    ]
     if thin:
         warnings.warn(
             f"fewer weights than outputs, so some outputs will be their bias alone: "
             f"{', '.join(thin[:10])}; lower the sparsity or exclude these layers",
             stacklevel=5,
         )
+
+
+def _own(chosen: Sequence[Place], sparsity: float, wishes: Wishes) -> Sequence[float | None]:
+    """The sparsity that was asked of each layer by itself, None where layers share the weights."""
+    if isinstance(wishes.distribution, Mapping):
+        return convert.sparsities_by_name(chosen, sparsity, wishes.distribution)
+    return [sparsity if wishes.distribution == "uniform" else None] * len(chosen)

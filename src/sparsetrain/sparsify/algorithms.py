@@ -11,9 +11,15 @@ from torch.optim import Optimizer
 
 from sparsetrain.pattern import check_sparsity
 from sparsetrain.sparsify import schedules
-from sparsetrain.sparsify._setup import DEFAULT_SPARSITY, Trained, pooled_counts
+from sparsetrain.sparsify._setup import (
+    DEFAULT_SPARSITY,
+    Trained,
+    check_model,
+    is_sparse,
+    pooled_counts,
+)
 from sparsetrain.sparsify._topology import full_pattern, inactive_count, random_inactive
-from sparsetrain.sparsify.base import Change, Sparsifier
+from sparsetrain.sparsify.base import Change, Sparsifier, finite
 from sparsetrain.sparsify.criteria import keep_top
 from sparsetrain.sparsify.distributions import DISTRIBUTIONS
 
@@ -55,7 +61,7 @@ class RigL(Sparsifier):
     @classmethod
     def published(cls, total_steps: int) -> schedules.Schedule:
         every = max(1, min(100, total_steps // 20))
-        return schedules.Cosine(0.3, every=every, stop=max(1, total_steps * 3 // 4))
+        return schedules.Cosine(0.3, every=every, stop=max(2, total_steps * 3 // 4))
 
     def update(self) -> list[Change | None]:
         """A layer without a gradient in this step, on any rank, is left as it is."""
@@ -115,9 +121,10 @@ class MEST(Sparsifier):
         return self.change(layer, min(layer.goal, layer.nnz), grown)
 
     def _is_last(self) -> bool:
-        stop = getattr(self.schedule, "stop", None)
-        every = getattr(self.schedule, "every", 1)
-        return stop is not None and self.steps + every >= stop
+        stop, every = (getattr(self.schedule, name, None) for name in ("stop", "every"))
+        if stop is None or every is None:
+            return stop is not None and self.steps >= stop
+        return not self.schedule.due(self.steps + every)
 
 
 class GMP(Sparsifier):
@@ -141,7 +148,7 @@ class GMP(Sparsifier):
         done = self.schedule.value(self.steps)
         counts = [x.first - round(done * (x.first - x.goal)) for x in self.layers]
         if self.distribution == "global":
-            scores = [self.drop_scores(x) for x in self.layers]
+            scores = [finite(self.drop_scores(x)) for x in self.layers]
             counts = pooled_counts(scores, min(sum(counts), sum(x.nnz for x in self.layers)))
         return [
             self.change(layer, count) if count < layer.nnz else None
@@ -213,30 +220,33 @@ class TopKAST(Sparsifier):
         """As `Sparsifier`, and:
 
         Args:
-            backward_sparsity: of B, at most `sparsity`; default: half of what A leaves out besides
-                A, at most as much again as A (0.9 gives 0.8).
+            sparsity: of A; 0.9 for a dense model, half the weights of each layer of a sparse one.
+            backward_sparsity: of B, at most `sparsity`; default: twice the weights of A (0.9 gives
+                0.8), or those that a sparse model has.
             exploration_decay: weight decay inside A, times the learning rate, at least 0.
         """
         if not exploration_decay >= 0.0:
             raise ValueError(f"exploration_decay must be at least 0; got {exploration_decay!r}")
         self.exploration_decay = exploration_decay
-        forward = DEFAULT_SPARSITY if sparsity is None else check_sparsity(sparsity)
-        backward = max(0.0, 2.0 * forward - 1.0) if backward_sparsity is None else backward_sparsity
-        if not 0.0 <= backward <= forward < 1.0:
-            raise ValueError(
-                "backward_sparsity must be in [0, sparsity]: the backward set holds the forward "
-                f"set; got {backward!r} with sparsity = {forward!r}"
-            )
-        self._forward = forward
-        self._share = (1.0 - forward) / (1.0 - backward)  # of B that is in A
         self.finished = False
+        self._forward: float | None = None
+        backward: float | None = None
+        if sparsity is None and backward_sparsity is None and is_sparse(check_model(model)):
+            self._share = 0.5  # of B that is in A
+        else:
+            self._forward, backward = _both_sets(sparsity, backward_sparsity)
+            self._share = (1.0 - self._forward) / (1.0 - backward)
         super().__init__(model, optimizer, backward, **kwargs)
 
     def begin(self) -> None:
         goals = [max(1, round(self._share * layer.nnz)) for layer in self.layers]
-        if isinstance(self.distribution, str) and self.distribution in DISTRIBUTIONS:
+        named = isinstance(self.distribution, str) and self.distribution in DISTRIBUTIONS
+        if named and self._forward is not None:
+            assert isinstance(self.distribution, str)
             shapes = [layer.module.weight_shape for layer in self.layers]
-            goals = DISTRIBUTIONS[self.distribution](shapes, self._forward)
+            goals = DISTRIBUTIONS[self.distribution](
+                shapes, self._forward, [x.nnz for x in self.layers]
+            )
         for layer, goal in zip(self.layers, goals, strict=True):
             layer.goal = min(goal, layer.nnz)
             self._activate(layer)
@@ -246,9 +256,6 @@ class TopKAST(Sparsifier):
         if self._stepped and not self.finished:
             self._decay()
         due = super().step()
-        if due and not self.finished:
-            for layer in self.layers:
-                self._activate(layer)
         stop = getattr(self.schedule, "stop", None)
         if stop is not None and self.steps >= stop and not self.finished:
             self.finish()
@@ -263,6 +270,7 @@ class TopKAST(Sparsifier):
         self._apply([self._only_active(layer) for layer in self.layers])
         for layer in self.layers:
             layer.module.__dict__.pop("_active", None)
+        self._tell()
 
     def exchange_count(self, layer: Trained) -> int:
         reserve = layer.nnz - layer.goal
@@ -279,8 +287,14 @@ class TopKAST(Sparsifier):
         if state["active"] is not None:
             layer.module._active = state["active"].clone()
 
+    def _apply(self, changes: list[Change | None]) -> None:
+        super()._apply(changes)
+        if not self.finished:
+            for layer in self.layers:
+                self._activate(layer)
+
     def _activate(self, layer: Trained) -> None:
-        layer.module._active = keep_top(self.drop_scores(layer), layer.goal)
+        layer.module._active = keep_top(finite(self.drop_scores(layer)), layer.goal)
 
     def _only_active(self, layer: Trained) -> Change:
         return self.change(layer, layer.goal)
@@ -292,8 +306,24 @@ class TopKAST(Sparsifier):
         rates = {id(p): g["lr"] for g in self.optimizer.param_groups for p in g["params"]}
         for layer in self.layers:
             module = layer.module
+            if not module.values.requires_grad:
+                continue
             amount = float(rates[id(module.values)]) * self.exploration_decay
             density = layer.goal / layer.size
             assert module._active is not None
             decay = torch.where(module._active, amount, min(1.0, amount / density))
             module.values.mul_(1.0 - decay.to(module.values.dtype))
+
+
+def _both_sets(sparsity: float | None, backward_sparsity: float | None) -> tuple[float, float]:
+    """The sparsities of A and B."""
+    forward = DEFAULT_SPARSITY if sparsity is None else check_sparsity(sparsity)
+    if backward_sparsity is None:
+        return forward, max(0.0, 2.0 * forward - 1.0)
+    backward = check_sparsity(backward_sparsity, "backward_sparsity")
+    if backward > forward:
+        raise ValueError(
+            "backward_sparsity must be in [0, sparsity]: the backward set holds the forward "
+            f"set; got {backward!r} with sparsity = {forward!r}"
+        )
+    return forward, backward

@@ -24,11 +24,11 @@ from sparsetrain.sparsify import _monitor, schedules
 from sparsetrain.sparsify._distributed import Ranks
 from sparsetrain.sparsify._growth import Recording, gradient_at, strongest_inactive
 from sparsetrain.sparsify._optimizer import carry_state, gather
-from sparsetrain.sparsify._setup import Trained, Wishes, prepare
+from sparsetrain.sparsify._setup import Trained, Wishes, check_model, prepare
 from sparsetrain.sparsify._topology import change_pattern, inactive_count, random_inactive
 from sparsetrain.sparsify.criteria import keep_top
 
-__all__ = ["DEFAULT_TOTAL_STEPS", "Change", "Sparsifier"]
+__all__ = ["DEFAULT_TOTAL_STEPS", "Change", "Sparsifier", "finite"]
 
 #: What `total_steps` is where neither it nor a schedule is given.
 DEFAULT_TOTAL_STEPS = 10_000
@@ -56,7 +56,8 @@ class Sparsifier:
 
     Laws: survivors keep value and optimizer state exactly, newcomers start at zero with zero state;
     scalar state ("step") is untouched; `values` stays the same Parameter object in the optimizer;
-    gradients of changed layers are dropped; equal scores are decided by the lowest position.
+    gradients of changed layers are dropped; equal scores are decided by the lowest position; a
+    layer whose `values` do not require gradients stays as it is.
 
     Attributes:
         layers: the layers under it (Trained: name, module, goal, dropped, grown).
@@ -71,6 +72,8 @@ class Sparsifier:
     initial: ClassVar[str] = "random"
     #: Whether it may make a sparse model sparser.
     prunes: ClassVar[bool] = False
+    #: Of the weights that a layer stores, those that the forward pass uses (see TopKAST).
+    _share: float = 1.0
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class Sparsifier:
                 sparse, or an optimizer that does not own its weights. Everything is as it was.
         """
         self.schedule = self._choose_schedule(schedule, total_steps)
-        self._ranks = Ranks(model, process_group)
+        self._ranks = Ranks(check_model(model), process_group)
         module: Any = model.module if self._ranks.ddp is not None else model
         self.model: nn.Module = module
         self.optimizer = optimizer
@@ -119,15 +122,14 @@ class Sparsifier:
         self._stepped = self._warned = False
         self._callbacks: list[Callable[[Sparsifier], Any]] = []
         start = self._initial(initial)
-        wishes = Wishes(sparsity, distribution, include, exclude, start, self.prunes)
-        before = [(id(p), p.numel()) for p in module.parameters()]
+        wishes = Wishes(sparsity, distribution, include, exclude, start, self.prunes, self._share)
         self.distribution = distribution
         self.layers = prepare(module, optimizer, wishes, self.generator, self._ranks)
-        if [(id(p), p.numel()) for p in module.parameters()] != before:
-            self._ranks.refit()
+        self._ranks.refit()
         self._ranks.check_same(self._fingerprints(), "the topology")
         for layer in self.layers:
-            layer.started = layer.explored = _monitor.pack(layer.module.pattern)
+            layer.started = _monitor.pack(layer.module.pattern)
+            layer.explored = layer.started.clone()
         self._watch_optimizer()
         self.begin()
         self._arm()
@@ -171,7 +173,7 @@ class Sparsifier:
 
     def change(self, layer: Trained, keep: int, grown: Tensor | None = None) -> Change:
         """Keeps the `keep` highest by `drop_scores`, and adds the positions `grown`."""
-        drop = ~keep_top(_finite(self.drop_scores(layer)), keep)
+        drop = ~keep_top(finite(self.drop_scores(layer)), keep)
         if grown is None:
             grown = torch.empty(0, dtype=torch.int64)
         return Change(*change_pattern(layer.module.pattern, drop, grown))
@@ -191,7 +193,7 @@ class Sparsifier:
             return found
         union = self._ranks.union(found)
         scores = self._ranks.sum(gradient_at(layer.module, calls, union))
-        return union[keep_top(_finite(scores.abs_()), count)]
+        return union[keep_top(finite(scores.abs_()), count)]
 
     def took_part(self, layer: Trained) -> bool:
         """Whether the layer has seen a backward pass in this step (on this rank)."""
@@ -204,7 +206,8 @@ class Sparsifier:
         """Counts one optimizer step and changes the topology if the schedule says so.
 
         Without an ``optimizer.step()`` since the last call it does nothing and counts nothing, with
-        a warning the first time: so a step that a GradScaler skipped is skipped here as well.
+        a warning the first time: so a step that a GradScaler skipped is skipped here as well, and
+        what was seen of its gradients is forgotten.
 
         Returns:
             Whether the topology has changed.
@@ -221,6 +224,7 @@ class Sparsifier:
                     "done; call it once after each optimizer.step()",
                     stacklevel=2,
                 )
+            self._arm()
             return False
         due = self.schedule.due(self.steps + 1)
         if due and self.needs_dense_gradients and not any(map(self.took_part, self.layers)):
@@ -232,12 +236,11 @@ class Sparsifier:
         self._stepped = False
         self.steps += 1
         if due:
-            self._apply(self.update())
-            self.updates += 1
+            changes = zip(self.layers, self.update(), strict=True)
+            self._apply([c if x.module.values.requires_grad else None for x, c in changes])
         self._arm()
         if due:
-            for callback in self._callbacks:
-                callback(self)
+            self._tell()
         return due
 
     def register_callback(self, callback: Callable[[Sparsifier], Any]) -> None:
@@ -252,8 +255,11 @@ class Sparsifier:
         for layer in self.layers:
             _forget(layer)
 
+    def _tell(self) -> None:
+        for callback in self._callbacks:
+            callback(self)
+
     def _apply(self, changes: list[Change | None]) -> None:
-        resized = False
         for layer, change in zip(self.layers, changes, strict=True):
             layer.dropped = layer.grown = 0
             if change is None:
@@ -261,14 +267,13 @@ class Sparsifier:
             module, length = layer.module, layer.nnz
             module.set_pattern(change.pattern, gather(module.values, change.source))
             carry_state(self.optimizer, module.values, length, change.source)
-            layer.grown = int((change.source < 0).sum())
+            newcomers = (change.source < 0).nonzero().squeeze(1)
+            layer.grown = newcomers.numel()
             layer.dropped = length - (change.source.numel() - layer.grown)
-            resized |= length != layer.nnz
             assert layer.explored is not None
-            if layer.grown:
-                layer.explored = layer.explored | _monitor.pack(change.pattern)
-        if resized:
-            self._ranks.refit()
+            _monitor.extend(layer.explored, change.pattern, newcomers)
+        self.updates += 1
+        self._ranks.refit()
         self._ranks.check_same(self._fingerprints(), "the topology")
 
     def _arm(self) -> None:
@@ -334,15 +339,17 @@ class Sparsifier:
         """Continues where `state_dict` was taken, after the model and the optimizer have loaded.
 
         Raises:
+            TypeError: no mapping.
             ValueError: the state of another algorithm, schedule or model, or of the same model with
                 another topology (load the model's state_dict first). Nothing changes.
         """
         self._check_state(state_dict)
-        self.steps, self.updates = state_dict["steps"], state_dict["updates"]
         self.generator.set_state(state_dict["generator"])
+        self.steps, self.updates = state_dict["steps"], state_dict["updates"]
         for layer in self.layers:
             self.load_layer_state(layer, state_dict["layers"][layer.name])
         self._stepped = False
+        self._ranks.refit()
         self._arm()
 
     def layer_state(self, layer: Trained) -> dict[str, Any]:
@@ -355,16 +362,20 @@ class Sparsifier:
             "dropped": layer.dropped,
             "grown": layer.grown,
             "started": layer.started,
-            "explored": layer.explored,
+            "explored": None if layer.explored is None else layer.explored.clone(),
         }
 
     def load_layer_state(self, layer: Trained, state: Mapping[str, Any]) -> None:
         """The reverse of `layer_state`."""
         for name in ("goal", "first", "dropped", "grown", "started", "explored"):
             setattr(layer, name, state[name])
+        if layer.explored is not None:
+            layer.explored = layer.explored.clone()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         mine = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict must be a sparsifier's; got {type(state).__name__}")
         missing = [key for key in mine if key not in state]
         if missing:
             raise ValueError(f"the state is no sparsifier's: it lacks {', '.join(missing)}")
@@ -396,7 +407,7 @@ class Sparsifier:
     def overlap(self) -> float:
         """Share of the present weights that were there at the start."""
         both = sum(
-            _monitor.count(x.started & _monitor.pack(x.module.pattern))
+            _monitor.shared(x.started, x.module.pattern)
             for x in self.layers
             if x.started is not None
         )
@@ -452,7 +463,7 @@ def _forget(layer: Trained) -> None:
         recording.calls.clear()
 
 
-def _finite(scores: Tensor) -> Tensor:
+def finite(scores: Tensor) -> Tensor:
     """Scores fit to be ordered: float32 or float64, NaN last of all."""
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()

@@ -7,23 +7,30 @@ from collections.abc import Callable, Sequence
 
 from sparsetrain.pattern import nonzeros_for
 
-Distribution = Callable[[Sequence[Sequence[int]], float], "list[int]"]
+#: (shapes, sparsity, most=None): the nonzeros of each layer.
+Distribution = Callable[..., "list[int]"]
 
 
-def uniform(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+def uniform(
+    shapes: Sequence[Sequence[int]], sparsity: float, most: Sequence[int] | None = None
+) -> list[int]:
     """Every layer at the same sparsity.
 
     Args:
         shapes: the weights' shapes.
         sparsity: in [0, 1).
+        most: nonzeros that no layer may exceed, where it is sparse already.
 
     Returns:
         Nonzeros of each layer, at least one.
     """
-    return [nonzeros_for(math.prod(shape), sparsity) for shape in shapes]
+    counts = [nonzeros_for(math.prod(shape), sparsity) for shape in shapes]
+    return counts if most is None else list(map(min, counts, most))
 
 
-def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+def erk(
+    shapes: Sequence[Sequence[int]], sparsity: float, most: Sequence[int] | None = None
+) -> list[int]:
     """Erdos-Renyi-Kernel: density proportional to sum(shape) / prod(shape).
 
     Small and narrow layers stay denser. From RigL (Evci et al. 2020), which extends the
@@ -33,13 +40,16 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     Args:
         shapes: the weights' shapes, with the kernel sizes of a convolution.
         sparsity: of all layers together, in [0, 1).
+        most: nonzeros that no layer may exceed, where it is sparse already; the others share what
+            it cannot take.
 
     Returns:
         Nonzeros of each layer, at least one, none above its size; their sum is exactly
         ``nonzeros_for(sum of sizes, sparsity)`` (or the number of layers, if that is more).
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    total = max(nonzeros_for(sum(sizes), sparsity), sum(size > 0 for size in sizes))
+    total = nonzeros_for(sum(math.prod(shape) for shape in shapes), sparsity)
+    sizes = [math.prod(shape) for shape in shapes] if most is None else list(most)
+    total = min(max(total, sum(size > 0 for size in sizes)), sum(sizes))
     shares = [0.0] * len(sizes)
     free = set(range(len(sizes)))
     rest = total

@@ -5,6 +5,9 @@ A schedule answers two questions about step t, the number of optimizer steps don
     due(t)    whether the algorithm acts after that step
     value(t)  how much: the share of weights to replace (Constant, Cosine), the share of the way to
               the final sparsity (Cubic), or 1 for dense and 0 for sparse (Periodic)
+
+One that ends has a `stop`, after which nothing is due, and `every`, the steps between updates:
+Top-KAST and MEST (soft) bring a layer down to its goal there.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ class Constant:
     def __post_init__(self) -> None:
         _check_share(self.drop_fraction, "drop_fraction")
         _check_times(self.every, self.start, self.stop)
+        if self.stop is not None and self.start + self.every > self.stop:
+            raise _ends_before_it_starts(self.start + self.every, self.every, self.stop)
 
     def due(self, step: int) -> bool:
         return _due(step, self.every, self.start, self.stop)
@@ -82,6 +87,8 @@ class Cosine:
     def __post_init__(self) -> None:
         _check_share(self.drop_fraction, "drop_fraction")
         _check_times(self.every, self.start, self.stop)
+        if self.start + self.every >= self.stop:
+            raise _ends_before_it_starts(self.start + self.every, self.every, self.stop)
 
     def due(self, step: int) -> bool:
         return step < self.stop and _due(step, self.every, self.start, self.stop)
@@ -172,12 +179,19 @@ class WarmUp:
         _check_count(self.steps, "steps", 1)
         if not (hasattr(self.schedule, "due") and hasattr(self.schedule, "value")):
             raise TypeError(f"schedule must have due and value; got {self.schedule!r}")
-        stop = getattr(self.schedule, "stop", None)
-        if stop is not None and stop <= self.steps:
+        if self.stop is not None and self.stop <= self.steps:
             raise ValueError(
-                f"steps = {self.steps} reaches or passes the schedule's stop = {stop}: "
+                f"steps = {self.steps} reaches or passes the schedule's stop = {self.stop}: "
                 "it would never be at full value"
             )
+
+    @property
+    def stop(self) -> int | None:
+        return getattr(self.schedule, "stop", None)
+
+    @property
+    def every(self) -> int | None:
+        return getattr(self.schedule, "every", None)
 
     def due(self, step: int) -> bool:
         return self.schedule.due(step)
@@ -219,6 +233,13 @@ def _check_count(value: Any, name: str, least: int) -> None:
         raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value!r}")
+
+
+def _ends_before_it_starts(first: int, every: int, stop: int) -> ValueError:
+    return ValueError(
+        f"every = {every} puts the first update at step {first}, but stop = {stop} leaves none: "
+        "the schedule would end before it starts; lower every or raise stop"
+    )
 
 
 def _check_times(every: Any, start: Any, stop: Any) -> None:
