@@ -7,7 +7,10 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +375,34 @@ def test_a_late_break_even_is_missed(speedups: Any, measured: float, verdict: st
     (found,) = verdicts.layer_verdicts(data)
     assert found["measured"]["median"] == pytest.approx(measured, abs=0.06)
     assert found["verdict"] == verdict
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends children with their parent")
+def test_a_killed_benchmark_leaves_no_process_behind(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\n"
+        "def child(request, save):\n"
+        f"    open({str(note)!r} + '.partial', 'w').write(str(os.getpid()))\n"
+        f"    os.replace({str(note)!r} + '.partial', {str(note)!r})\n"
+        "    time.sleep(120)\n"
+    )
+    code = "from sparsetrain.bench.processes import run_child; run_child('sleeper', {}, 1)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
+        try:
+            _wait_for(note.exists)
+        finally:
+            parent.kill()
+    child = Path("/proc") / note.read_text() / "stat"
+    _wait_for(lambda: not child.exists() or child.read_text().split()[2] == "Z")
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_memory_accounting_is_complete_and_small() -> None:
