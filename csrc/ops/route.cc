@@ -109,7 +109,8 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     // As inputs are listed: the route, x, values, bias, crow, col, key.
     variable_list out(7);
     if (at::GradMode::is_enabled()) {
-      differentiate(route, saved, grads[0], needs_x, needs_values, needs_bias, out);
+      one_by_one(route.differentiable_grad_input, route.differentiable_grad_values, route, saved,
+                 grads[0], needs_x, needs_values, needs_bias, out);
     } else {
       const at::AutoDispatchBelowAutograd below;
       compute(route, saved, grads[0], needs_x, needs_values, needs_bias, out);
@@ -133,13 +134,6 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     out[1] = std::move(result[0]).toTensor();
     out[2] = std::move(result[1]).toTensor();
     if (needs_bias) out[3] = std::move(result[2]).toTensor();
-  }
-
-  // By operations that have derivatives themselves.
-  static void differentiate(const Route& route, const variable_list& saved, const Tensor& grad,
-                            bool needs_x, bool needs_values, bool needs_bias, variable_list& out) {
-    one_by_one(route.differentiable_grad_input, route.differentiable_grad_values, route, saved,
-               grad, needs_x, needs_values, needs_bias, out);
   }
 
   static void one_by_one(const Route::Operation& grad_input, const Route::Operation& grad_values,

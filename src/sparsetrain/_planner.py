@@ -254,12 +254,12 @@ class Planner:
 
     def _recorded(self, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         """The forward product, where plain autograd records it."""
-        crow, col, key, *geometry = rest
-        plan = self._plan(x.shape, x, crow, col, tuple(geometry))
+        (crow, col, key), geometry = rest[:3], rest[3:]
+        plan = self._plan(x.shape, x, crow, col, geometry)
         if plan is None or plan.route is None:
             return self.products.forward.function(x, values, bias, *rest)
         if self.observer is not None:
-            self._observed(x, crow, col, key, tuple(geometry))
+            self._observed(x, crow, col, key, geometry)
         y: Tensor = self._routed(plan.route.number, x, values, bias, crow, col, key)
         return y
 

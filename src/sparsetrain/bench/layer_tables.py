@@ -19,7 +19,14 @@ from sparsetrain.bench.tables import (
     with_spread,
 )
 from sparsetrain.bench.timing import Json
-from sparsetrain.bench.verdicts import case_name, curve, judge, kernel_name, peer_summary
+from sparsetrain.bench.verdicts import (
+    case_name,
+    curve,
+    geometric_mean,
+    judge,
+    kernel_name,
+    peer_summary,
+)
 
 PEERS = ("sparseprop", "sparselab")
 FEWEST_POINTS = 4  # of a layer, or no break-even is told
@@ -84,8 +91,12 @@ def _wide_table(run: Json) -> str:
         found.setdefault(case_name(row), {})[row["sparsity"]] = f"**{shown}**" if missed else shown
     sparsities = sorted({s for cells in found.values() for s in cells})
     rows = [[name, *(cells.get(s, "-") for s in sparsities)] for name, cells in found.items()]
-    line = "Times dense; bold where the floor is missed.\n\n"
-    return line + table(["layer", *map(percent, sparsities)], rows)
+    line = "Times dense; bold where the floor is missed."
+    gains = [row["tuned_gain"]["median"] for row in run["rows"] if "tuned_gain" in row]
+    mean = geometric_mean(gains)
+    if mean is not None:
+        line += f" Tuned, {len(gains)} of them are {mean:.3f} times as fast (geometric mean)."
+    return f"{line}\n\n" + table(["layer", *map(percent, sparsities)], rows)
 
 
 def _peer_table(run: Json) -> str:
