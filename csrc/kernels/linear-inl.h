@@ -2,6 +2,7 @@
 // right before its use, so that it is still in L2.
 #pragma once
 
+#include "few-inl.h"
 #include "kernels.h"
 #include "pack-inl.h"
 #include "parallel-inl.h"
@@ -361,6 +362,7 @@ struct Backward {
 template <class S>
 void linear_forward(const LinearForward& a) {
   typedef Sum<S> T;
+  if (few_forward_if_faster<S>(a)) return;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.x.rows, side.wide);
   const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
@@ -387,8 +389,10 @@ void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling, const Pr
 
 // dx alone, dvalues alone, or both.
 template <class S>
-void linear_backward(const LinearBackward& a) {
+void linear_backward(const LinearBackward& all) {
   typedef Sum<S> T;
+  const LinearBackward a = without_few<S>(all);
+  if (!a.dx && !a.dvalues) return;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.dy.rows, side.wide);
   if (!a.dx) return grad_values<S>(a, tiling, nullptr);

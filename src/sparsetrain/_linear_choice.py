@@ -9,7 +9,9 @@ L elements per vector, V = ceil(B / L) vectors of samples and T = ceil(V / 4) ti
                and, unless every weight is a nonzero, panels + converted I O
 
 R is O, or I for grad_input. Everything but the start and the panels is divided among the threads.
-`gathered` is the transposition of the values, which grad_input alone needs.
+`gathered` is the transposition of the values, which grad_input alone needs. For float32 and up to
+eight samples the native family has a second way (csrc/kernels/few-inl.h), which it takes where it
+is faster; its work is (bits + samples B) I O.
 """
 
 from __future__ import annotations
@@ -69,6 +71,12 @@ _NATIVE = {
     "grad_input": _Native(16000, 0.38, 0.06, 21, 0.65, 3.4),
     "grad_values": _Native(17000, 0.06, 1.58, 15, 0.90, 0),
 }
+_FEW_SAMPLES = 8
+_FEW = {  # (bits, samples)
+    "forward": (0.115, 0.024),
+    "grad_input": (0.11, 0.024),
+    "grad_values": (0.155, 0.023),
+}
 _DENSE = {
     "forward": _Dense(25000, 0.22, 0.36, 0.09, 0.06, 1100),
     "grad_input": _Dense(19000, 0.22, 0.42, 0.002, 0.07, 2600),
@@ -108,6 +116,9 @@ def costs(direction: Direction, problem: LinearProblem) -> dict[str, float]:
     n, d = _NATIVE[direction], _DENSE[direction]
     work = n.products * nnz * vectors + n.visits * nnz * tiles + n.gathered * nnz
     work += n.sums * sums * tiles + n.activations * moved
+    if batch <= _FEW_SAMPLES and lanes >= 8 and dtype is torch.float32:
+        bits, samples = _FEW[direction]
+        work = min(work, (bits + samples * batch) * problem.weights)
     native = n.start + work / (1 + _NATIVE_SHARE * (threads - 1))
     product = d.products * problem.weights * batch / widest
     if dtype is torch.bfloat16 and _library_has_bfloat16():
