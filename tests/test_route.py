@@ -149,3 +149,48 @@ def test_without_it_python_does_the_same() -> None:
     environment = {**os.environ, "SPARSETRAIN_PYTHON_AUTOGRAD": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_autograd_traces_it(kind: str) -> None:
+    planner, inputs = arguments(kind)
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+
+    def gradients_of(step: Any) -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        step()
+        return [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+
+    def step() -> None:
+        planner.forward(*leaves, *inputs[3:]).square().sum().backward()
+
+    step()  # makes the plan
+    expected = gradients_of(step)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        traced = gradients_of(step)
+        again = gradients_of(step)
+    assert len(expected) == 3
+    for e, t, a in zip(expected, traced, again, strict=True):
+        assert torch.equal(e, t)
+        assert torch.equal(e, a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_short_way_is_taken_and_gives_the_same(kind: str) -> None:
+    planner, inputs = arguments(kind)
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+    expected = planner.products.forward(*leaves, *inputs[3:])  # makes the plan
+    with CountOps() as counted, torch.no_grad():
+        y = planner.forward(*leaves, *inputs[3:])
+    assert not y.requires_grad
+    assert len(counted.names) == 1
+    assert counted.names[0].startswith(planner.name)
+    assert torch.equal(y, expected)
+    recorded = planner.forward(*leaves, *inputs[3:])
+    assert recorded.grad_fn is not None
+    assert recorded.grad_fn.name() == "SparseProductBackward"
+    with torch.inference_mode():
+        assert torch.equal(planner.forward(*leaves, *inputs[3:]), expected)
+    planner.forget()
+    assert torch.equal(planner.forward(*leaves, *inputs[3:]), expected)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsetrain import _native, _plan_store
-from sparsetrain._autograd import direct
+from sparsetrain._autograd import direct, transforming
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
 
@@ -33,7 +33,10 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
 
 _PLANS_KEPT = 4096  # a topology that changes its number of nonzeros leaves old ones behind
 
+# Looked up once: on a tiny layer, an attribute chain costs as much as the call.
 _get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
+_is_inference = torch.is_inference_mode_enabled
 _are_deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -232,6 +235,32 @@ class Planner:
         problem = self._problem((sizes, geometry, _get_num_threads(), False))
         if self.observer is not None:
             self.observer(self, problem, (crow, col, key))
+
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        crow: Tensor,
+        col: Tensor,
+        key: Tensor,
+        *geometry: Any,
+    ) -> Tensor:
+        """`products.forward`. A plan that is there, and that C++ can record where anything is to be
+        recorded, is followed from here: a tiny layer's time is that of the calls in between."""
+        if (
+            not _is_compiling()
+            and (values.requires_grad or x.requires_grad)
+            and not _is_inference()
+            and not transforming()
+            and self.observer is None
+        ):
+            sizes = (x.shape, crow.size(0), col.size(0), x.dtype)
+            plan = self._plans.get((sizes, geometry, _get_num_threads(), _are_deterministic()))
+            if plan is not None and plan.route is not None:
+                y: Tensor = self._routed(plan.route.number, x, values, bias, crow, col, key)
+                return y
+        return self.products.forward(x, values, bias, crow, col, key, *geometry)
 
     # The four products, as _products.Products describes them. A wrong number of dimensions is for
     # the native operation to refuse.

@@ -109,6 +109,8 @@ class SparseLinear(SparseLayer):
         Raises:
             TypeError, ValueError: input of another width, dtype or device; see ops.sparse_linear.
         """
+        if self._active is None and self._recorder is None:
+            return sparse_linear(input, self.values, self.bias, self._pattern)
         y = sparse_linear(input, self._forward_values(), self.bias, self._pattern)
         return self._recorded(input, y)
 
