@@ -3,53 +3,18 @@
 // The weight is made in panels of some rows that stay in the L2 cache until they are multiplied:
 // written as a whole it would go to L3 and come back, which at batch 8 takes longer than the
 // product. Where every weight is a nonzero, the values are the dense weight and nothing is copied.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
-#include <array>
 #include <string>
 #include <tuple>
 
 #include "checks.h"
+#include "library.h"
 
 namespace sparsetrain {
 namespace {
 
 // Bytes of a panel, for each thread.
 constexpr int64_t kPanelBytes = 192 << 10;
-
-bool library_has_bf16() {
-  static const bool has = [] {
-    std::array<StableIValue, 1> stack{};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "",
-                                                 stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<bool>(stack[0]);
-  }();
-  return has;
-}
-
-// The dtype that the library multiplies fast, rounding once, at the end.
-ScalarType product_type(ScalarType type) {
-  return type == ScalarType::BFloat16 && !library_has_bf16() ? ScalarType::Float : type;
-}
-Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-Tensor empty_of(ScalarType type, int64_t dim, const int64_t* sizes) {
-  int64_t strides[2] = {dim == 2 ? sizes[1] : 1, 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  const int64_t bytes = static_cast<int64_t>(result.numel() * result.element_size());
-  if (bytes >= (4 << 20)) prefer_huge_pages(result.mutable_data_ptr(), bytes);
-  return result;
-}
-Tensor empty_of(ScalarType type, int64_t rows, int64_t cols) {
-  const int64_t sizes[2] = {rows, cols};
-  return empty_of(type, 2, sizes);
-}
 
 // rows x cols elements from the one at `offset` of `t` on, at these strides.
 Tensor view(const Tensor& t, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
@@ -72,12 +37,6 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 }
 void multiply_onto(const Tensor& out, const Tensor& onto, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), onto.get(), a.get(), b.get(), 1, 1));
-}
-
-DType kernel_type(ScalarType type) {
-  return type == ScalarType::Float    ? DType::f32
-         : type == ScalarType::Double ? DType::f64
-                                      : DType::bf16;
 }
 
 // The weight of one pattern, a panel of rows at a time.
@@ -116,22 +75,8 @@ struct Panels {
             weight.mutable_data_ptr(),
             torch_threads()};
   }
-  // Room for one panel, kept by the thread for later calls: never part of a result.
   Tensor scratch(int64_t i) {
-    struct Kept {
-      Tensor tensor{nullptr};
-      int64_t elements = 0;
-    };
-    static thread_local Kept kept[3];
-    if (!buffer.get()) {
-      Kept& mine = kept[static_cast<int>(kernel_type(type))];
-      const int64_t wanted = height * cols;
-      if (mine.elements < wanted) {
-        mine = Kept{};  // the old one goes before the new one comes
-        mine = Kept{empty_of(type, 1, &wanted), wanted};
-      }
-      buffer = mine.tensor;
-    }
+    if (!buffer.get()) buffer = kept_scratch(type, height * cols);
     return view(buffer, size(i), cols, cols, 1, 0);
   }
   // Panel i of the weight: (size(i), cols).

@@ -145,11 +145,12 @@ int64_t plan_bytes_op(const Tensor& key) {
   return cached_plan_bytes(*static_cast<const int64_t*>(key.const_data_ptr()));
 }
 
-// "<chosen>;<available, best first>;<compiler>": an empty first field means that SPARSETRAIN_ISA
-// cannot be obeyed.
+// "<chosen>;<available, best first>;<hash of the kernels>;<compiler>": an empty first field means
+// that SPARSETRAIN_ISA cannot be obeyed.
 std::string native_info() {
   const KernelTable* const table = chosen_kernels();
-  return std::string(table ? table->isa : "") + ";" + isas_available() + ";" + __VERSION__;
+  return std::string(table ? table->isa : "") + ";" + isas_available() +
+         ";" SPARSETRAIN_KERNELS ";" __VERSION__;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""How a convolution that is written in Python becomes operations beside the native ones."""
+"""The families of a convolution: native operations, and one that is written in Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sparsetrain import _define
 from sparsetrain._define import Operations
 
-__all__ = ["NATIVE", "SCHEMAS", "define"]
+__all__ = ["DENSE", "NATIVE", "SCHEMAS", "define"]
 
 _PATTERN = "Tensor crow, Tensor col, Tensor key"
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
@@ -32,3 +32,4 @@ def define(name: str, *implementations: Callable[..., Any]) -> Operations:
 
 
 NATIVE = _define.registered("conv2d", SCHEMAS)
+DENSE = _define.registered("conv_dense", SCHEMAS)

@@ -43,9 +43,9 @@ def _load() -> Path:
     return path
 
 
-def _native_info() -> tuple[str, tuple[str, ...], str]:
-    """(instruction set in use, those this CPU supports, compiler)."""
-    chosen, available, compiler = torch.ops.sparsetrain.native_info().split(";", 2)
+def _native_info() -> tuple[str, tuple[str, ...], str, str]:
+    """(instruction set in use, those this CPU supports, hash of the kernels, compiler)."""
+    chosen, available, kernels, compiler = torch.ops.sparsetrain.native_info().split(";", 3)
     choices = tuple(available.split(","))
     if not chosen:
         asked = os.environ.get("SPARSETRAIN_ISA", "")
@@ -54,7 +54,7 @@ def _native_info() -> tuple[str, tuple[str, ...], str]:
             f"and this CPU supports. Set it to one of {', '.join(choices)}, or unset it to get "
             f"the best one ({choices[0]})."
         )
-    return chosen, choices, compiler
+    return chosen, choices, kernels, compiler
 
 
 def _load_routes(beside: Path) -> bool:
@@ -72,7 +72,7 @@ def _load_routes(beside: Path) -> bool:
 
 _PATH = _load()
 HAS_ROUTES = _load_routes(_PATH)
-_ISA, _ISAS_AVAILABLE, _COMPILER = _native_info()
+_ISA, _ISAS_AVAILABLE, _KERNELS, _COMPILER = _native_info()
 
 
 def _read(path: Path) -> str | None:
@@ -113,7 +113,8 @@ def info() -> dict[str, Any]:
     Returns a dict of plain values: ``isa`` (kernels in use), ``isas_available`` (best first),
     ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (of torch,
     now), ``library`` (path), ``compiler``, ``autograd`` ("C++", or "Python" where the part that
-    needs the torch it was built with is missing) and ``versions``.
+    needs the torch it was built with is missing) and ``versions`` (of the kernels: a hash of
+    their sources).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -128,6 +129,7 @@ def info() -> dict[str, Any]:
         "autograd": "C++" if HAS_ROUTES else "Python",
         "versions": {
             "sparsetrain": _version(),
+            "kernels": _KERNELS,
             "torch": torch.__version__,
             "python": sys.version.split()[0],
         },

@@ -3,7 +3,8 @@
 A file is JSON: {"format", "versions", "plans"}, plans being entries by key; a key names everything
 that a measurement depends on (see `key_of`). The per-user cache is read once, when the first layer
 is computed, and never makes a run fail: a file that is missing is nothing, and one that cannot be
-read, is damaged or was written by other versions is ignored with one warning.
+read, is damaged or was written by other versions, or for other kernels, is ignored with one
+warning.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def cache_path() -> Path | None:
 
 def _versions() -> dict[str, str]:
     versions = _native.info()["versions"]
-    return {"sparsetrain": versions["sparsetrain"], "torch": versions["torch"]}
+    return {name: versions[name] for name in ("sparsetrain", "kernels", "torch")}
 
 
 def read(path: Path) -> dict[str, Entry]:

@@ -31,8 +31,7 @@ from torch.nn.functional import pad
 
 from sparsetrain._arguments import autocast, computed_densely
 from sparsetrain._conv_choice import Problem, choose
-from sparsetrain._conv_define import NATIVE, SCHEMAS
-from sparsetrain._conv_dense import DENSE
+from sparsetrain._conv_define import DENSE, NATIVE, SCHEMAS
 from sparsetrain._conv_shapes import Geometry, check, fits, geometry_of, integers, output_size
 from sparsetrain._conv_unfolded import UNFOLDED
 from sparsetrain._planner import Choice, Direction, Planner
@@ -265,6 +264,7 @@ def _batched(
         )
         return dense.contiguous()
     if len(kernel_size) > 1:
-        return conv(x, values, bias, *topology, kernel_size, stride, padding, dilation, groups)
+        window = (kernel_size, stride, padding, dilation, groups)
+        return PLANNER.forward(x, values, bias, *topology, *window)
     window = ((1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation), groups)
-    return conv(x.unsqueeze(2), values, bias, *topology, *window).squeeze(2)
+    return PLANNER.forward(x.unsqueeze(2), values, bias, *topology, *window).squeeze(2)

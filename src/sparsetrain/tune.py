@@ -160,8 +160,8 @@ def tune(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no sparse layer was computed (layers that hold all their weights have nothing
-            to choose), or budget_s is not positive.
+        ValueError: no sparse layer was computed (convolutions that hold all their weights have
+            nothing to choose), or budget_s is not positive.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; tune takes a torch.nn.Module.")
