@@ -79,10 +79,19 @@ ST_INLINE float sum_eight(Eight v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// Asks for what the R rows after these read at the same place, about `ahead` bytes on: where rows
+// are short, the hardware's own prefetching is late (768 -> 3072: 1.3 to 1.6 times faster).
+ST_INLINE void prefetch_ahead(const float* values, uintptr_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values) + ahead));
+}
+ST_INLINE uintptr_t bytes_of_rows(const Pattern& p, int64_t r, int64_t rows) {
+  return sizeof(float) * static_cast<uintptr_t>(p.crow[r + rows] - p.crow[r]);
+}
+
 // R rows of y for B samples. bits: of the first row; values: of each.
 template <int B, int R>
 ST_INLINE void few_outputs(const uint8_t* bits, int64_t stride, const float* const* values,
-                           const float* x, float (*sums)[B]) {
+                           uintptr_t ahead, const float* x, float (*sums)[B]) {
   Eight sum[R][B];
   const float* from[R];
   ST_UNROLL
@@ -94,6 +103,7 @@ ST_INLINE void few_outputs(const uint8_t* bits, int64_t stride, const float* con
   for (int64_t c = 0; c < stride; c++, x += 8 * B) {
     ST_UNROLL
     for (int r = 0; r < R; r++) {
+      if (R > 1) prefetch_ahead(from[r], ahead);
       const Eight weight = expand_eight(bits[r * stride + c], &from[r]);
       ST_UNROLL
       for (int b = 0; b < B; b++)
@@ -130,12 +140,12 @@ void few_forward(const LinearForward& a) {
     for (; r + R <= end; r += R) {
       const float* from[R];
       for (int j = 0; j < R; j++) from[j] = values(r + j);
-      few_outputs<B, R>(bits + r * stride, stride, from, x.get(), sums);
+      few_outputs<B, R>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), x.get(), sums);
       put(r, R);
     }
     for (; r < end; r++) {
       const float* from = values(r);
-      few_outputs<B, 1>(bits + r * stride, stride, &from, x.get(), sums);
+      few_outputs<B, 1>(bits + r * stride, stride, &from, 0, x.get(), sums);
       put(r, 1);
     }
   });
@@ -144,20 +154,72 @@ void few_forward(const LinearForward& a) {
 // Adds R rows' share to dx, packed as pack_few does. dy: each element in eight places.
 template <int B, int R>
 ST_INLINE void few_grad_input(const uint8_t* bits, int64_t stride, const float* const* values,
-                              const float (*dy)[B][8], float* dx) {
+                              uintptr_t ahead, const float (*dy)[B][8], float* dx) {
   const float* from[R];
   ST_UNROLL
   for (int r = 0; r < R; r++) from[r] = values[r];
   for (int64_t c = 0; c < stride; c++, dx += 8 * B) {
     Eight weight[R];
     ST_UNROLL
-    for (int r = 0; r < R; r++) weight[r] = expand_eight(bits[r * stride + c], &from[r]);
+    for (int r = 0; r < R; r++) {
+      if (R > 1) prefetch_ahead(from[r], ahead);
+      weight[r] = expand_eight(bits[r * stride + c], &from[r]);
+    }
     ST_UNROLL
     for (int b = 0; b < B; b++) {
       Eight sum = _mm256_load_ps(dx + 8 * b);
       ST_UNROLL
       for (int r = 0; r < R; r++) sum = _mm256_fmadd_ps(weight[r], _mm256_load_ps(dy[r][b]), sum);
       _mm256_store_ps(dx + 8 * b, sum);
+    }
+  }
+}
+
+// A row of dvalues. Writes eight at a time, but none from `end` on.
+template <int B>
+ST_INLINE void few_grad_values(const uint8_t* bits, int64_t stride, const float (*dy)[8],
+                               const float* x, float* dvalues, const float* end) {
+  for (int64_t c = 0; c < stride; c++, x += 8 * B) {
+    Eight sum = _mm256_mul_ps(_mm256_load_ps(dy[0]), _mm256_load_ps(x));
+    ST_UNROLL
+    for (int b = 1; b < B; b++)
+      sum = _mm256_fmadd_ps(_mm256_load_ps(dy[b]), _mm256_load_ps(x + 8 * b), sum);
+    const int count = __builtin_popcount(bits[c]);
+    if (end - dvalues >= 8) {
+      _mm256_storeu_ps(dvalues, compress_eight(bits[c], sum));
+    } else {
+      float last[8];
+      _mm256_storeu_ps(last, compress_eight(bits[c], sum));
+      __builtin_memcpy(dvalues, last, sizeof(float) * count);
+    }
+    dvalues += count;
+  }
+}
+
+// dy of one row in eight places each, zero where there is no sample. Returns its sum.
+template <int B>
+ST_INLINE float spread_few(const Matrix& dy, int64_t r, float (*to)[8]) {
+  float sum = 0;
+  for (int64_t b = 0; b < dy.rows; b++) {
+    const float one = static_cast<const float*>(dy.data)[b * dy.row_stride + r];
+    for (int i = 0; i < 8; i++) to[b][i] = one;
+    sum += one;
+  }
+  return sum;
+}
+
+// The sums of `groups`, each packed as pack_few does and `size` long, to a contiguous matrix.
+template <int B>
+void unpack_sums(const float* sums, int64_t groups, int64_t size, int64_t rows, int64_t cols,
+                 float* out) {
+  for (int64_t c = 0; c < cols; c += 8) {
+    for (int64_t b = 0; b < rows; b++) {
+      const float* from = sums + (c / 8 * B + b) * 8;
+      float sum[8];
+      __builtin_memcpy(sum, from, sizeof sum);
+      for (int64_t g = 1; g < groups; g++)
+        for (int i = 0; i < 8; i++) sum[i] += from[g * size + i];
+      __builtin_memcpy(out + b * cols + c, sum, sizeof(float) * least(8, cols - c));
     }
   }
 }
@@ -176,57 +238,23 @@ void few_grad_input(const LinearBackward& a) {
     float* dx = sums.get() + g * size;
     __builtin_memset(dx, 0, sizeof(float) * size);
     alignas(32) float dy[R][B][8] = {};
-    const float* from[R];
-    auto take = [&](int64_t r, int j) {
-      from[j] = values(r);
-      for (int64_t b = 0; b < a.dy.rows; b++)
-        for (float& place : dy[j][b])
-          place = static_cast<const float*>(a.dy.data)[b * a.dy.row_stride + r];
-    };
     const int64_t end = p.rows * (g + 1) / groups;
-    int64_t r = p.rows * g / groups;
-    for (; r + R <= end; r += R) {
-      for (int j = 0; j < R; j++) take(r + j, j);
-      few_grad_input<B, R>(bits + r * stride, stride, from, dy, dx);
-    }
-    for (; r < end; r++) {
-      take(r, 0);
-      few_grad_input<B, 1>(bits + r * stride, stride, from, dy, dx);
+    const float* from[R];
+    for (int64_t r = p.rows * g / groups; r < end; r += R) {
+      const int n = static_cast<int>(least(R, end - r));
+      for (int j = 0; j < n; j++) {
+        from[j] = values(r + j);
+        spread_few<B>(a.dy, r + j, dy[j]);
+      }
+      if (n == R) {
+        few_grad_input<B, R>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), dy, dx);
+      } else {
+        for (int j = 0; j < n; j++)
+          few_grad_input<B, 1>(bits + (r + j) * stride, stride, from + j, 0, dy + j, dx);
+      }
     }
   });
-  for (int64_t c = 0; c < p.cols; c += 8) {
-    for (int64_t b = 0; b < a.dy.rows; b++) {
-      const float* from = sums.get() + (c / 8 * B + b) * 8;
-      alignas(32) float sum[8];
-      for (int i = 0; i < 8; i++) sum[i] = from[i];
-      for (int64_t g = 1; g < groups; g++)
-        for (int i = 0; i < 8; i++) sum[i] += from[g * size + i];
-      __builtin_memcpy(static_cast<float*>(a.dx) + b * p.cols + c, sum,
-                       sizeof(float) * least(8, p.cols - c));
-    }
-  }
-}
-
-// A row of dvalues. dy: as above; writes eight at a time, but none from `end` on.
-template <int B>
-ST_INLINE void few_grad_values(const uint8_t* bits, int64_t stride, const float (*dy)[8],
-                               const float* x, float* values, const float* end) {
-  for (int64_t c = 0; c < stride; c++, x += 8 * B) {
-    const uint8_t set = bits[c];
-    Eight sum = _mm256_mul_ps(_mm256_load_ps(dy[0]), _mm256_load_ps(x));
-    ST_UNROLL
-    for (int b = 1; b < B; b++)
-      sum = _mm256_fmadd_ps(_mm256_load_ps(dy[b]), _mm256_load_ps(x + 8 * b), sum);
-    const int count = __builtin_popcount(set);
-    if (end - values >= 8) {
-      _mm256_storeu_ps(values, compress_eight(set, sum));
-    } else {
-      float last[8];
-      _mm256_storeu_ps(last, compress_eight(set, sum));
-      __builtin_memcpy(values, last, sizeof(float) * count);
-    }
-    values += count;
-  }
+  unpack_sums<B>(sums.get(), groups, size, a.dy.rows, p.cols, static_cast<float*>(a.dx));
 }
 
 template <int B>
@@ -240,12 +268,7 @@ void few_grad_values(const LinearBackward& a) {
   pack_few<B>(a.x, x.get());
   for_rows(p, 0, p.rows, a.parallel, [&](int64_t r, int64_t end) {
     alignas(32) float dy[B][8] = {};
-    float sum = 0;
-    for (int64_t b = 0; b < a.dy.rows; b++) {
-      const float one = static_cast<const float*>(a.dy.data)[b * a.dy.row_stride + r];
-      for (float& place : dy[b]) place = one;
-      sum += one;
-    }
+    const float sum = spread_few<B>(a.dy, r, dy);
     if (dbias) dbias[r] = sum;
     few_grad_values<B>(bits + r * stride, stride, dy, x.get(), dvalues + p.crow[r], dvalues + end);
   });
@@ -274,16 +297,16 @@ inline bool few_forward(const LinearForward& a) {
   with_samples(a.x.rows, [&](auto b) { few_forward<decltype(b)::value>(a); });
   return true;
 }
-inline bool few_grad_input(const LinearBackward& a) {
-  const Pattern& p = a.plan->pattern();
-  if (!kFewGradInput.less(p, p.cols, a.dy.rows)) return false;
-  with_samples(a.dy.rows, [&](auto b) { few_grad_input<decltype(b)::value>(a); });
-  return true;
-}
 inline bool few_grad_values(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
   if (!kFewGradValues.less(p, p.rows, a.dy.rows)) return false;
   with_samples(a.dy.rows, [&](auto b) { few_grad_values<decltype(b)::value>(a); });
+  return true;
+}
+inline bool few_grad_input(const LinearBackward& a) {
+  const Pattern& p = a.plan->pattern();
+  if (!kFewGradInput.less(p, p.cols, a.dy.rows)) return false;
+  with_samples(a.dy.rows, [&](auto b) { few_grad_input<decltype(b)::value>(a); });
   return true;
 }
 #endif

@@ -142,13 +142,13 @@ def choose(direction: Direction, problem: LinearProblem) -> Choice:
     On the CPU the estimates were fitted on, for float32 and one thread, that is dense up to these
     sparsities in % (forward / grad_input / grad_values):
 
-    | layer       | batch 1           | batch 8           | batch 32          | batch 2048        |
-    |-------------|-------------------|-------------------|-------------------|-------------------|
-    | 64 -> 64    | 0 / 62 / 0        | 0 / 60 / 0        | 0 / 65 / 0        | 91 / 100 / 100    |
-    | 384 -> 384  | 57 / 89 / 62      | 43 / 84 / 52      | 21 / 76 / 27      | 53 / 55 / 61      |
-    | 384 -> 1536 | 62 / 88 / 68      | 47 / 84 / 58      | 23 / 75 / 29      | 51 / 50 / 58      |
-    | 768 -> 3072 | 62 / 88 / 68      | 46 / 84 / 57      | 21 / 74 / 27      | 48 / 48 / 55      |
-    | 3072 -> 768 | 60 / 89 / 68      | 45 / 84 / 56      | 20 / 75 / 26      | 47 / 49 / 54      |
+    | layer       | batch 1 to 8 | batch 32          | batch 2048        |
+    |-------------|--------------|-------------------|-------------------|
+    | 64 -> 64    | never        | 0 / 64 / 0        | 90 / 99 / 99      |
+    | 384 -> 384  | never        | 20 / 76 / 26      | 53 / 54 / 61      |
+    | 384 -> 1536 | never        | 22 / 75 / 29      | 51 / 50 / 58      |
+    | 768 -> 3072 | never        | 20 / 74 / 27      | 48 / 47 / 54      |
+    | 3072 -> 768 | never        | 19 / 74 / 26      | 47 / 49 / 53      |
 
     The native kernels alone give the same bits for any number of threads.
     """
