@@ -38,13 +38,19 @@ ST_INLINE void with_samples(int64_t samples, const F& f) {
 // Columns in eights: eight of each sample, then the next eight. Zeros beyond columns and samples.
 template <int B>
 void pack_few(const Matrix& x, float* packed) {
-  for (int64_t c = 0; c < x.cols; c += 8) {
-    const size_t bytes = sizeof(float) * static_cast<size_t>(least(8, x.cols - c));
-    for (int64_t b = 0; b < B; b++, packed += 8) {
-      if (bytes < 32 || b >= x.rows) __builtin_memset(packed, 0, 32);
-      if (b < x.rows)
-        __builtin_memcpy(packed, static_cast<const float*>(x.data) + b * x.row_stride + c, bytes);
+  const int64_t whole = x.cols / 8, eights = ceil_div(x.cols, 8);
+  for (int64_t b = 0; b < B; b++, packed += 8) {
+    const bool there = b < x.rows;
+    const float* from = static_cast<const float*>(x.data) + (there ? b * x.row_stride : 0);
+    if (!there || whole < eights) {
+      for (int64_t c = there ? whole : 0; c < eights; c++)
+        _mm256_store_ps(packed + c * 8 * B, _mm256_setzero_ps());
     }
+    if (!there) continue;
+    for (int64_t c = 0; c < whole; c++)
+      _mm256_store_ps(packed + c * 8 * B, _mm256_loadu_ps(from + 8 * c));
+    __builtin_memcpy(packed + whole * 8 * B, from + 8 * whole,
+                     sizeof(float) * (x.cols - 8 * whole));
   }
 }
 
@@ -179,17 +185,21 @@ ST_INLINE void few_grad_input(const uint8_t* bits, int64_t stride, const float* 
 template <int B>
 ST_INLINE void few_grad_values(const uint8_t* bits, int64_t stride, const float (*dy)[8],
                                const float* x, float* dvalues, const float* end) {
+  Eight factor[B];
+  ST_UNROLL
+  for (int b = 0; b < B; b++) factor[b] = _mm256_load_ps(dy[b]);
   for (int64_t c = 0; c < stride; c++, x += 8 * B) {
-    Eight sum = _mm256_mul_ps(_mm256_load_ps(dy[0]), _mm256_load_ps(x));
+    const uint8_t set = bits[c];
+    const int count = __builtin_popcount(set);
+    Eight sum = _mm256_mul_ps(factor[0], _mm256_load_ps(x));
     ST_UNROLL
-    for (int b = 1; b < B; b++)
-      sum = _mm256_fmadd_ps(_mm256_load_ps(dy[b]), _mm256_load_ps(x + 8 * b), sum);
-    const int count = __builtin_popcount(bits[c]);
-    if (end - dvalues >= 8) {
-      _mm256_storeu_ps(dvalues, compress_eight(bits[c], sum));
+    for (int b = 1; b < B; b++) sum = _mm256_fmadd_ps(factor[b], _mm256_load_ps(x + 8 * b), sum);
+    const Eight moved = compress_eight(set, sum);
+    if (dvalues + 8 <= end) {
+      _mm256_storeu_ps(dvalues, moved);
     } else {
       float last[8];
-      _mm256_storeu_ps(last, compress_eight(bits[c], sum));
+      _mm256_storeu_ps(last, moved);
       __builtin_memcpy(dvalues, last, sizeof(float) * count);
     }
     dvalues += count;
@@ -212,14 +222,19 @@ ST_INLINE float spread_few(const Matrix& dy, int64_t r, float (*to)[8]) {
 template <int B>
 void unpack_sums(const float* sums, int64_t groups, int64_t size, int64_t rows, int64_t cols,
                  float* out) {
-  for (int64_t c = 0; c < cols; c += 8) {
-    for (int64_t b = 0; b < rows; b++) {
-      const float* from = sums + (c / 8 * B + b) * 8;
-      float sum[8];
-      __builtin_memcpy(sum, from, sizeof sum);
+  for (int64_t b = 0; b < rows; b++, sums += 8, out += cols) {
+    auto sum = [&](int64_t c) {
+      Eight all = _mm256_load_ps(sums + c * B);
       for (int64_t g = 1; g < groups; g++)
-        for (int i = 0; i < 8; i++) sum[i] += from[g * size + i];
-      __builtin_memcpy(out + b * cols + c, sum, sizeof(float) * least(8, cols - c));
+        all = _mm256_add_ps(all, _mm256_load_ps(sums + c * B + g * size));
+      return all;
+    };
+    int64_t c = 0;
+    for (; c + 8 <= cols; c += 8) _mm256_storeu_ps(out + c, sum(c));
+    if (c < cols) {
+      alignas(32) float last[8];
+      _mm256_store_ps(last, sum(c));
+      __builtin_memcpy(out + c, last, sizeof(float) * (cols - c));
     }
   }
 }
