@@ -162,7 +162,7 @@ class ACDC(Sparsifier):
     Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
     Networks". Sparse phases keep the largest weights; dense phases bring all others back, at zero
     and without momentum. In a dense phase a layer really is dense: its `values` are the whole
-    weight, computed by the dense kernels; its names in the state_dict stay the same. The training
+    weight, computed as a dense layer is; its names in the state_dict stay the same. The training
     begins dense and ends sparse: in tenths of it, 1 dense, then 1 sparse and 1 dense in turn, and
     sparse from 8 tenths on.
     """
