@@ -60,7 +60,7 @@ struct ConvProduct {
         constexpr int NV = decltype(n)::value;
         with_index(side, [&](auto* index) {
           for (int64_t b = 0; b < side.blocks; b++)
-            spmm_block<T, NV, kLanes<T>>(side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r,
+            spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r,
                                          index, values, copies + lane, chunk + lane,
                                          conv.strip_lanes, bias ? bias + r : nullptr, b == 0);
         });
@@ -142,7 +142,7 @@ struct ConvGradient {
       constexpr int NV = decltype(n)::value;
       with_index(side, [&](auto* index) {
         for (int64_t b = 0; b < side.blocks; b++)
-          sddmm_block<T, NV, kLanes<T>>(
+          sddmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
               side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, copies + lane,
               centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, dvalues);
       });

@@ -48,7 +48,7 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
       for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + h * x_pitch + v * w);
     };
     for (; k + 4 <= stop; k += 4) {
-      const FourIndices<I> at(index + k);
+      FourIndices<I> at(index + k);
       const Four<T> value(values + k);
       add(sum[0], at.template get<0>(), value.template spread<0>());
       add(sum[1 % chains], at.template get<1>(), value.template spread<1>());

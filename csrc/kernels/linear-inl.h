@@ -25,11 +25,11 @@ constexpr int64_t kMostGroups = 8;
 constexpr int64_t kStreamBytes = 4 << 20;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr TileRule kTiles = {4, 8, 0.35, 192, 96, 7.5};
+constexpr TileRule kTiles = {4, 8, 0.35, 192, 96, 7.5, SPARSETRAIN_VECTOR_BYTES};
 #else
 // 8 vectors of 256 bits instead of 4: forward at 80 / 90 / 95 % 1.15 / 1.10 / 0.97 times as fast,
 // backward 1.04 / 1.04 / 0.93. 18 nonzeros in a row of a block instead of 7.5: 95 %, 1.15-1.3.
-constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18};
+constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18, SPARSETRAIN_VECTOR_BYTES};
 #endif
 
 // How `batch` samples fall into tiles: full ones, and a last one of fewer vectors.
@@ -39,9 +39,9 @@ struct Tiling {
       : batch(batch),
         lanes((wide ? kTiles.wide : kTiles.narrow) * kLanes<T>),
         count(ceil_div(batch, lanes)),
-        chunk_rows(kChunkBytes / (lanes * static_cast<int64_t>(sizeof(T)))) {
-    // sum_rows groups rows by 8: the groups must be the same however rows are shared out.
-    static_assert(kChunkBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) % 16 == 0, "");
+        chunk_rows(kChunkBytes / (lanes * static_cast<int64_t>(sizeof(T))) / kMostUnit *
+                   kMostUnit) {
+    static_assert(kChunkBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) >= kMostUnit, "");
   }
   int samples(int64_t t) const {
     const int64_t left = batch - first(t);
@@ -81,6 +81,23 @@ ST_INLINE void with_index(const Side& side, const F& f) {
   return f(side.index32);
 }
 
+// f(NV, bytes that an index counts) for tiles of a linear layer: see Side::index16.
+template <class F>
+ST_INLINE void with_tile(const Side& side, int nv, const F& f) {
+  with_vectors(nv, [&](auto n) {
+    constexpr int NV = decltype(n)::value;
+    if (side.wide) return f(n, std::integral_constant<int, 8 * NV / kTiles.wide>{});
+    if constexpr (NV <= kTiles.narrow)
+      f(n, std::integral_constant<int, 8 * NV / kTiles.narrow>{});
+  });
+}
+// f(unit, its first row) for the units of rows [r0, r1), which begins with one.
+template <class F>
+ST_INLINE void for_units(const Side& side, int64_t r0, int64_t r1, const F& f) {
+  const int64_t rows = side.sweeps.unit;
+  for (int64_t unit = r0 / rows; unit * rows < r1; unit++) f(unit, unit * rows);
+}
+
 // Values in the type of the sums: the given ones where that is what they are.
 template <class S>
 class Widened {
@@ -100,34 +117,31 @@ class Widened {
   const T* data_;
 };
 
-// out: values in the order of the transposed side.
+// out: values in the order in which the transposed side reads them.
 template <class S>
 void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
                           const Parallel& parallel) {
   const Pattern& pattern = plan.pattern();
   const Side& transposed = plan.transposed(kTiles);
   if (const uint16_t* place = transposed.place16.get()) {
-    const uint16_t* row = transposed.index16.get();
+    const uint16_t* index = transposed.index16.get();
     const int workers = worth_waking(parallel, 4 * pattern.nnz);
     share(parallel, workers, workers, [&](int, int64_t i) {
-      const int64_t end = pattern.nnz * (i + 1) / workers;
-      for (int64_t k = pattern.nnz * i / workers; k < end; k++)
-        out[k] = widen(values[pattern.crow[row[k]] + place[k]]);
+      const int64_t last = pattern.nnz * (i + 1) / workers;
+      int64_t k = pattern.nnz * i / workers;
+      for (int64_t b = 0; b < transposed.blocks; b++) {
+        const int64_t end = least(last, transposed.block_end(b));
+        const int32_t* crow = pattern.crow + transposed.first_column(b);
+        for (; k < end; k++)
+          out[k] = widen(values[crow[index[k] >> transposed.column_shift] + place[k]]);
+      }
     });
     return;
   }
-  // Very large layers: each nonzero, in order, goes to the next free place of its column, in the
-  // block of its row.
-  const int64_t columns = transposed.rows, blocks = transposed.blocks;
-  Scratch<int32_t> next(blocks * columns);
-  for (int64_t b = 0; b < blocks; b++)
-    __builtin_memcpy(next.get() + b * columns, transposed.begin_of(b), sizeof(int32_t) * columns);
-  int64_t b = 0;
-  for (int64_t r = 0; r < pattern.rows; r++) {
-    while (r >= pattern.rows * (b + 1) / blocks) b++;
-    for (int32_t k = pattern.crow[r]; k < pattern.crow[r + 1]; k++)
-      out[next.get()[b * columns + pattern.col[k]]++] = widen(values[k]);
-  }
+  // Very large layers: each nonzero, in order, goes to the next free place of its column.
+  Scratch<int32_t> next(transposed.rows);
+  __builtin_memcpy(next.get(), transposed.row_begin, sizeof(int32_t) * transposed.rows);
+  for (int64_t k = 0; k < pattern.nnz; k++) out[next.get()[pattern.col[k]]++] = widen(values[k]);
 }
 
 // Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
@@ -142,15 +156,13 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
   });
 }
 
-// Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2. Returns
-// where the whole tile would begin.
+// Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2.
 template <class S>
-ST_INLINE const Sum<S>* pack_block(const Tiling<Sum<S>>& tiling, const Matrix& x, int64_t t,
-                                   const Side& side, int64_t b, Sum<S>* scratch) {
-  const int64_t first = side.cols * b / side.blocks, end = side.cols * (b + 1) / side.blocks;
-  Sum<S>* tile = scratch - first * tile_lanes<Sum<S>>(tiling.vectors(t));
-  pack<S>(tiling, x, t, first, end, tile);
-  return tile;
+ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const Matrix& x, int64_t t,
+                          const Side& side, int64_t b, Sum<S>* scratch) {
+  const int64_t first = side.first_column(b);
+  const int64_t begin = first * tile_lanes<Sum<S>>(tiling.vectors(t));
+  pack<S>(tiling, x, t, first, side.first_column(b + 1), scratch - begin);
 }
 
 // y = x side^T + bias for either orientation, from packed tiles.
@@ -166,7 +178,9 @@ struct Product {
   // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
     for (int64_t r = begin; r < end; r += tiling.chunk_rows)
-      chunk_of_rows(t, r, least(r + tiling.chunk_rows, end), chunk, [&](int64_t) { return tile; });
+      chunk_of_rows(t, r, least(r + tiling.chunk_rows, end), chunk, [&](int64_t b) {
+        return tile + side.first_column(b) * tile_lanes<T>(tiling.vectors(t));
+      });
   }
   // All of tile t, from x. Blocks of x are packed right before their only use, where there is one.
   // tile: side.cols x lanes of scratch.
@@ -175,26 +189,29 @@ struct Product {
       pack<S>(tiling, x, t, 0, side.cols, tile);
       return rows(t, tile, 0, side.rows, chunk);
     }
-    chunk_of_rows(t, 0, side.rows, chunk,
-                  [&](int64_t b) { return pack_block<S>(tiling, x, t, side, b, tile); });
+    chunk_of_rows(t, 0, side.rows, chunk, [&](int64_t b) {
+      pack_block<S>(tiling, x, t, side, b, tile);
+      return tile;
+    });
   }
 
  private:
-  // operand(b): where the packed tile would begin of which block b is there.
+  // operand(b): where the packed block b is.
   template <class F>
   ST_INLINE void chunk_of_rows(int64_t t, int64_t r0, int64_t r1, T* chunk,
                                const F& operand) const {
     const bool past_caches =
         tiling.batch * side.rows * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
     S* out = y + tiling.first(t) * side.rows + r0;
-    with_vectors(tiling.vectors(t), [&](auto n) {
+    with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
       constexpr int NV = decltype(n)::value;
+      constexpr int64_t width = NV * kLanes<T>;
       for (int64_t b = 0; b < side.blocks; b++) {
         const T* x = operand(b);
-        with_index(side, [&](auto* index) {
-          spmm_block<T, NV, NV * kLanes<T>>(side.begin_of(b) + r0, side.end_of(b) + r0, r1 - r0,
-                                            index, values, x, chunk, NV * kLanes<T>,
-                                            bias ? bias + r0 : nullptr, b == 0);
+        for_units(side, r0, r1, [&](int64_t unit, int64_t r) {
+          spmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(), values,
+                                                    x, chunk + (r - r0) * width, width,
+                                                    bias ? bias + r : nullptr, b == 0);
         });
       }
       unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);
@@ -202,22 +219,23 @@ struct Product {
   }
 };
 
-// First row of part p of `parts` of about equal cost; a multiple of 16 (sum_rows groups rows by 8,
-// and the groups must be the same however rows are shared out).
+// First row of part p of `parts` of about equal cost; begins a unit. (sum_rows groups rows by 8, and
+// the groups must be the same however rows are shared out.)
 ST_INLINE int64_t part_begin(const Side& side, int64_t p, int64_t parts) {
   if (p == parts) return side.rows;
   auto cost = [&](int64_t r) { return side.row_begin[r] + 4 * r; };
   const int64_t wanted = cost(side.rows) * p / parts;
-  int64_t low = 0, high = side.rows / 16;
+  const int64_t unit = side.sweeps.unit;
+  int64_t low = 0, high = side.rows / unit;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (cost(16 * middle) < wanted) {
+    if (cost(unit * middle) < wanted) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  return 16 * low;
+  return unit * low;
 }
 
 template <class S>
@@ -269,15 +287,16 @@ struct Gradient {
     if (!once) pack<S>(tiling, x, t, 0, side.cols, x_tile);
     for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
       const int64_t rows = least(tiling.chunk_rows, end - r);
-      with_vectors(tiling.vectors(t), [&](auto n) {
+      with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
         constexpr int NV = decltype(n)::value;
         constexpr int64_t width = NV * kLanes<T>;
         if (bias) sum_rows<T, NV>(dy + r * width, rows, bias + r);
         for (int64_t b = 0; b < side.blocks; b++) {
-          const T* operand = once ? pack_block<S>(tiling, x, t, side, b, x_tile) : x_tile;
-          with_index(side, [&](auto* index) {
-            sddmm_block<T, NV, width>(side.begin_of(b) + r, side.end_of(b) + r, rows, index,
-                                      operand, dy + r * width, width, values);
+          if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
+          const T* operand = once ? x_tile : x_tile + side.first_column(b) * width;
+          for_units(side, r, r + rows, [&](int64_t unit, int64_t first) {
+            sddmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(),
+                                                       operand, dy + first * width, width, values);
           });
         }
       });

@@ -4,13 +4,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 namespace sparsetrain {
 
 namespace {
 
-// Column numbers of up to this many columns take 16 bits.
-constexpr int64_t kShortIndex = 65536;
+constexpr int64_t kShort = 65536;  // numbers below it take 16 bits
 
 double density_of(const Side& side) {
   const double size = static_cast<double>(side.rows) * static_cast<double>(side.cols);
@@ -23,58 +24,94 @@ int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
-  return std::max<int64_t>(1, (side.cols + width / 2) / width);
+  const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
+  return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
 }
 
 void choose_blocks(Side* side, const TileRule& rule) {
   side->wide = density_of(*side) >= rule.wide_density;
-  side->blocks = count_blocks(*side, rule);
+  const int64_t tile_bytes = (side->wide ? rule.wide : rule.narrow) * rule.vector_bytes;
+  while ((int64_t{8} << side->column_shift) < tile_bytes) side->column_shift++;
+  side->blocks = std::max<int64_t>(1, count_blocks(*side, rule));
 }
 
-// by rows. col: nnz columns in CSR order.
-void cut_rows(Side* side, const int32_t* col) {
-  if (side->blocks == 1) return;
-  side->cuts.reset(new int32_t[(side->blocks - 1) * side->rows]);
-  for (int64_t r = 0; r < side->rows; r++) {
-    int32_t k = side->row_begin[r];
-    const int32_t end = side->row_begin[r + 1];
-    for (int64_t b = 1; b < side->blocks; b++) {
-      const int64_t first = side->cols * b / side->blocks;
-      while (k < end && col[k] < first) k++;
-      side->cuts[(b - 1) * side->rows + r] = k;
-    }
-  }
-}
+// Rows of a unit: with more, fewer ends of loops are mispredicted; with fewer, their results stay
+// in L1 and more workers can share out the rows.
+int64_t unit_rows(int64_t rows) { return rows >= 2048 ? kMostUnit : rows >= 512 ? 128 : 64; }
 
-// by blocks. col as above.
-void count_cells(Side* side, const int32_t* col) {
-  if (side->blocks == 1) return;
-  const int64_t cells = side->blocks * side->rows;
-  side->cells.reset(new int32_t[cells + 1]());
-  int32_t* size = side->cells.get() + 1;
-  for (int64_t r = 0; r < side->rows; r++) {
-    int64_t b = 0, end = side->cols / side->blocks;
-    for (int32_t k = side->row_begin[r]; k < side->row_begin[r + 1]; k++) {
-      while (col[k] >= end) end = side->cols * (++b + 1) / side->blocks;
-      size[b * side->rows + r]++;
-    }
-  }
-  for (int64_t c = 0; c < cells; c++) size[c] += side->cells[c];
-}
-
-// out: nnz things of `by_row` (CSR order) in the order of the side.
-template <class I, class O>
-void lay_out(const Side& side, const I* by_row, O* out) {
-  if (!side.cells) {
-    for (int64_t k = 0; k < side.nnz; k++) out[k] = static_cast<O>(by_row[k]);
-    return;
-  }
+// begin: blocks x rows + 1 for each block, where each cell begins in CSR order
+std::vector<int32_t> find_cells(const Side& side, const int32_t* col) {
+  std::vector<int32_t> begin((side.blocks + 1) * side.rows);
   for (int64_t r = 0; r < side.rows; r++) {
-    const I* from = by_row + side.row_begin[r];
-    for (int64_t b = 0; b < side.blocks; b++)
-      for (int32_t k = side.begin_of(b)[r]; k < side.end_of(b)[r]; k++)
-        out[k] = static_cast<O>(*from++);
+    int32_t k = side.row_begin[r];
+    const int32_t end = side.row_begin[r + 1];
+    for (int64_t b = 0; b <= side.blocks; b++) {
+      const int64_t first = side.first_column(b);
+      while (k < end && col[k] < first) k++;
+      begin[b * side.rows + r] = k;
+    }
   }
+  return begin;
+}
+
+// Sorts the cells of each unit; by_row: the columns in CSR order.
+void sort_cells(Side* side, const int32_t* by_row) {
+  const std::vector<int32_t> begin = find_cells(*side, by_row);
+  const int64_t rows = side->rows, cells = side->blocks * rows;
+  Sweeps& s = side->sweeps;
+  s.unit = unit_rows(rows);
+  s.units = (rows + s.unit - 1) / s.unit;
+  s.row.reset(new uint8_t[cells + kSweepAhead]());
+  s.from.reset(new int32_t[cells + kSweepAhead]());
+  s.first.reset(new int32_t[side->blocks * s.units]);
+  s.first_run.reset(new int32_t[side->blocks * s.units + 1]());
+  std::vector<CellRun> runs;
+  int32_t nonzeros = 0;
+  for (int64_t b = 0, cell = 0; b < side->blocks; b++) {
+    const int32_t* from = begin.data() + b * rows;
+    for (int64_t u = 0; u < s.units; u++) {
+      const int64_t first = u * s.unit, end = std::min(first + s.unit, rows);
+      auto size = [&](int64_t r) { return from[rows + r] - from[r]; };
+      std::vector<uint8_t> order(end - first);
+      std::iota(order.begin(), order.end(), uint8_t{0});
+      std::stable_sort(order.begin(), order.end(),
+                       [&](uint8_t i, uint8_t j) { return size(first + i) < size(first + j); });
+      s.first[b * s.units + u] = nonzeros;
+      const size_t first_run = runs.size();
+      for (const uint8_t i : order) {
+        const int32_t n = size(first + i);
+        if (runs.size() == first_run || runs.back().nonzeros != n) runs.push_back({n, 0});
+        runs.back().cells++;
+        nonzeros += n;
+        s.row[cell] = i;
+        s.from[cell++] = from[first + i];
+      }
+      s.first_run[b * s.units + u + 1] = static_cast<int32_t>(runs.size());
+    }
+  }
+  s.runs.reset(new CellRun[runs.size()]);
+  std::copy(runs.begin(), runs.end(), s.runs.get());
+}
+
+// out: f(thing, block) for nnz things of `by_row` (CSR order), in the order of the sweeps.
+template <class I, class O, class F>
+void lay_out(const Side& side, const I* by_row, O* out, const F& f) {
+  const Sweeps& s = side.sweeps;
+  const int32_t* from = s.from.get();
+  for (int64_t b = 0; b < side.blocks; b++) {
+    const CellRun* end = s.runs.get() + s.first_run[(b + 1) * s.units];
+    for (const CellRun* run = s.runs.get() + s.first_run[b * s.units]; run < end; run++)
+      for (int32_t c = 0; c < run->cells; c++, from++)
+        for (int32_t k = 0; k < run->nonzeros; k++) *out++ = f(by_row[*from + k], b);
+  }
+}
+
+void number_columns(Side* side, const int32_t* by_row) {
+  side->index16.reset(new uint16_t[side->nnz]);
+  uint16_t* index = side->index16.get();
+  lay_out(*side, by_row, index, [&](int32_t column, int64_t b) {
+    return static_cast<uint16_t>((column - side->first_column(b)) << side->column_shift);
+  });
 }
 
 void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* perm,
@@ -97,19 +134,26 @@ void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* pe
 }  // namespace
 
 const int32_t* Side::begin_of(int64_t b) const {
-  if (cells) return cells.get() + b * rows;
   if (b == 0) return row_begin;
   if (b == blocks) return row_begin + 1;
   return cuts.get() + (b - 1) * rows;
 }
-const int32_t* Side::end_of(int64_t b) const {
-  return cells ? cells.get() + b * rows + 1 : begin_of(b + 1);
+Sweep Side::sweep(int64_t b, int64_t unit) const {
+  const int64_t i = b * sweeps.units + unit, cell = b * rows + unit * sweeps.unit;
+  return {sweeps.runs.get() + sweeps.first_run[i], sweeps.runs.get() + sweeps.first_run[i + 1],
+          sweeps.row.get() + cell, sweeps.from ? sweeps.from.get() + cell : nullptr,
+          sweeps.first[i]};
 }
 size_t Side::bytes() const {
-  return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) +
-         (cells ? sizeof(int32_t) * (blocks * rows + 1) : 0) +
-         (index16 ? sizeof(uint16_t) * nnz : 0) + (place16 ? sizeof(uint16_t) * nnz : 0) +
-         (own32 ? sizeof(int32_t) * nnz : 0);
+  const int64_t swept = blocks * sweeps.units, cells = swept ? blocks * rows + kSweepAhead : 0;
+  return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) + sizeof(int32_t) * 2 * swept +
+         (swept ? sizeof(CellRun) * sweeps.first_run[swept] : 0) +
+         (sweeps.from ? sizeof(int32_t) + 1 : 1) * cells + (index16 ? sizeof(uint16_t) * nnz : 0) +
+         (place16 ? sizeof(uint16_t) * nnz : 0);
+}
+int64_t Side::first_column(int64_t b) const { return cols * b / blocks; }
+int64_t Side::block_end(int64_t b) const {
+  return b + 1 == blocks ? nnz : sweeps.first[(b + 1) * sweeps.units];
 }
 
 PatternCheck check_pattern(const Pattern& p) {
@@ -152,13 +196,8 @@ void Plan::build_forward(const TileRule& rule) const {
   side.nnz = p.nnz;
   side.row_begin = p.crow;
   choose_blocks(&side, rule);
-  cut_rows(&side, p.col);
-  if (p.cols <= kShortIndex) {
-    side.index16.reset(new uint16_t[p.nnz]);
-    lay_out(side, p.col, side.index16.get());
-  } else {
-    side.index32 = p.col;
-  }
+  sort_cells(&side, p.col);
+  number_columns(&side, p.col);
   side_bytes_ += side.bytes();
 }
 
@@ -175,23 +214,17 @@ void Plan::build_transposed(const TileRule& rule) const {
   side.cols = p.rows;
   side.nnz = p.nnz;
   side.row_begin = trow_begin_.get();
-  const bool places = p.rows <= kShortIndex && p.cols <= kShortIndex;
+  const bool places = p.rows <= kShort && p.cols <= kShort;
   std::unique_ptr<int32_t[]> by_row(new int32_t[p.nnz]);
   std::unique_ptr<uint16_t[]> place(places ? new uint16_t[p.nnz] : nullptr);
   transpose_into(p, trow_begin_.get(), by_row.get(), nullptr, place.get());
   choose_blocks(&side, rule);
-  count_cells(&side, by_row.get());
-  if (p.rows <= kShortIndex) {
-    side.index16.reset(new uint16_t[p.nnz]);
-    lay_out(side, by_row.get(), side.index16.get());
-  } else {
-    side.own32.reset(new int32_t[p.nnz]);
-    lay_out(side, by_row.get(), side.own32.get());
-    side.index32 = side.own32.get();
-  }
+  sort_cells(&side, by_row.get());
+  number_columns(&side, by_row.get());
   if (places) {
     side.place16.reset(new uint16_t[p.nnz]);
-    lay_out(side, place.get(), side.place16.get());
+    lay_out(side, place.get(), side.place16.get(), [](uint16_t place, int64_t) { return place; });
+    side.sweeps.from.reset();  // values are gathered into this order
   }
   side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1);
 }

@@ -13,30 +13,61 @@
 
 namespace sparsetrain {
 
-// One orientation of a pattern, cut into blocks of columns. A cell is what one row has in one
-// block: a contiguous run of nonzeros, in one of two layouts: by rows: in CSR order, since columns
-// are sorted; `cuts` says where the later blocks' cells begin. by blocks (transposed linear layers,
-// whose values are gathered anyway): block after block, the rows
-//   in order inside each, so that a sweep reads one stream: 1.05-1.15 times faster. Forward,
-//   bringing the values into that order costs as much at batch 128 as it saves at 2048.
+// A cell is what one row has in one block of columns. The cells of a block are visited in units of
+// rows, in each from those with fewest nonzeros to those with most: the loop over a cell then runs
+// as often as for the cell before, and its end is predicted. In the order of the rows, a
+// misprediction for each cell is a quarter of the time at 20 nonzeros a cell.
+struct CellRun {
+  int32_t nonzeros, cells;  // `cells` cells of `nonzeros` each
+};
+struct Sweep {  // one block of one unit
+  const CellRun* runs;
+  const CellRun* end;
+  const uint8_t* row;   // of each cell, inside the unit
+  const int32_t* from;  // of each cell: its first value's number. Null: values lie in this order
+  int64_t first;        // place of the first nonzero's column number (and value, if from is null)
+};
+struct Sweeps {
+  int64_t unit = 0;                         // rows, a multiple of 16; the last unit may have fewer
+  int64_t units = 0;
+  std::unique_ptr<CellRun[]> runs;
+  std::unique_ptr<int32_t[]> first_run;     // blocks x units + 1
+  std::unique_ptr<int32_t[]> first;         // blocks x units
+  std::unique_ptr<uint8_t[]> row;           // blocks x rows, and kSweepAhead more
+  std::unique_ptr<int32_t[]> from;          // the same, or null
+};
+constexpr int64_t kMostUnit = 256;  // rows of the largest unit: others divide it
+// Cells ahead of their use whose `from` a kernel may read.
+constexpr int64_t kSweepAhead = 8;
+
+// One orientation of a pattern, cut into blocks of columns.
+//   linear layers: cells in the order of `sweeps`, one block after the other
+//   convolutions (conv_plan.h): cells in CSR order; `cuts` says where the later blocks' begin
 struct Side {
   int64_t rows = 0, cols = 0, nnz = 0;
   int64_t blocks = 1;
   bool wide = false;                    // tiles of rule.wide vectors rather than rule.narrow
   const int32_t* row_begin = nullptr;   // rows + 1: CSR row pointers
-  std::unique_ptr<int32_t[]> cuts;      // by rows: (blocks - 1) x rows
-  std::unique_ptr<int32_t[]> cells;     // by blocks: blocks x rows + 1, where each cell begins
-  const int32_t* index32 = nullptr;     // nnz column numbers, or null if index16 holds them
-  std::unique_ptr<uint16_t[]> index16;  // the same, when cols <= 65536: less to stream by
-  std::unique_ptr<int32_t[]> own32;     // holds index32 where that is not the pattern's
-  // Transposed, with index16: nonzero k has the value number crow[index16[k]] + place16[k]. Two
-  // bytes instead of a permutation's four.
+  std::unique_ptr<int32_t[]> cuts;      // (blocks - 1) x rows
+  Sweeps sweeps;
+  // What a nonzero reads. Linear layers: index16, its column inside the block << column_shift, which
+  // is where the column's full tile begins in the packed block, in units of 8 bytes: x86 multiplies
+  // an index by 8 for nothing. Convolutions: a number of vectors, in index32 if it takes more than
+  // 16 bits.
+  std::unique_ptr<uint16_t[]> index16;
+  const int32_t* index32 = nullptr;
+  int column_shift = 0;
+  // Transposed linear layers: the place of each nonzero's value in its row of the pattern, which is
+  // its column here. Two bytes instead of a permutation's four. Null if there are more than 65536
+  // columns on either side.
   std::unique_ptr<uint16_t[]> place16;
 
-  // rows entries each: the cell of row r and block b is [begin_of(b)[r], end_of(b)[r])
-  // (Not inline: instruction sets would share their code.)
+  // (None of these inline: instruction sets would share their code.)
+  // rows entries each: row r has [begin_of(b)[r], begin_of(b + 1)[r]) in block b, without sweeps
   const int32_t* begin_of(int64_t b) const;
-  const int32_t* end_of(int64_t b) const;
+  Sweep sweep(int64_t b, int64_t unit) const;
+  int64_t first_column(int64_t b) const;
+  int64_t block_end(int64_t b) const;  // with sweeps: the place after block b's last nonzero
   size_t bytes() const;
 };
 
@@ -48,6 +79,7 @@ struct TileRule {
   double wide_density;                   // from which on tiles are wide
   int64_t narrow_columns, wide_columns;  // of the narrowest column block: its operand fits L1
   double nonzeros_per_cell;              // what a row of a block needs, to pay for its sums
+  int64_t vector_bytes;
 };
 
 // For convolutions.

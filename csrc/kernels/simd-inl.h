@@ -98,18 +98,25 @@ struct Four<float> {
 };
 #endif
 
-// Four indices that follow each other, by as few loads.
+// Four indices that follow each other, by as few loads; to be got in order.
 template <class I>
 struct FourIndices {
   explicit ST_INLINE FourIndices(const I* p) { __builtin_memcpy(words, p, sizeof words); }
   template <int J>
-  ST_INLINE int64_t get() const {
-    constexpr int each = 8 / sizeof(I);
-    return static_cast<I>(words[J / each] >> (8 * sizeof(I) * (J % each)));
+  ST_INLINE int64_t get() {
+    uint64_t& word = words[J * sizeof(I) / 8];
+    const I index = static_cast<I>(word);
+    word >>= 8 * sizeof(I);
+    __asm__("" : "+r"(word));  // else a copy, a shift and a mask for each
+    return index;
   }
   uint64_t words[sizeof(I) / 2];
 };
 
+template <class T>
+ST_INLINE const T* offset(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
+}
 template <class T>
 ST_INLINE Vec<T> load(const T* p) {  // p: aligned to the vector
   return *reinterpret_cast<const Vec<T>*>(p);

@@ -1,0 +1,54 @@
+// The cells of a sweep (see plan.h), one after the other.
+#pragma once
+
+#include "plan.h"
+#include "simd-inl.h"
+
+namespace sparsetrain {
+namespace {
+
+// f(row, column numbers, values, count) for each cell, with what the next ones read asked for in
+// time. index, values: of the whole side; V may be const. `bytes` of each row's other operand lie
+// at rows + row * stride.
+template <class T, int Bytes, class I, class V, class F>
+ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T* rows,
+                         int64_t stride, const F& f) {
+  const I* at = index + sweep.first;
+  const uint8_t* row = sweep.row;
+  constexpr int64_t line = 64 / sizeof(T);
+  auto touch = [&]() __attribute__((always_inline)) {
+    const T* p = rows + row[kSweepAhead - 2] * stride;
+    ST_UNROLL
+    for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(p + i / sizeof(T));
+  };
+  if (const int32_t* from = sweep.from) {
+    for (const CellRun* run = sweep.runs; run < sweep.end; run++) {
+      const int64_t count = run->nonzeros;
+      for (int32_t c = run->cells; c > 0; c--, at += count) {
+        touch();
+        __builtin_prefetch(at + 128);
+        V* next = values + from[kSweepAhead - 2];
+        for (int64_t k = 0; k <= count; k += 2 * line) {
+          __builtin_prefetch(next + k);
+          __builtin_prefetch(next + k + line);
+        }
+        f(*row++, at, values + *from++, count);
+      }
+    }
+    return;
+  }
+  V* value = values + sweep.first;
+  for (const CellRun* run = sweep.runs; run < sweep.end; run++) {
+    const int64_t count = run->nonzeros;
+    for (int32_t c = run->cells; c > 0; c--, at += count, value += count) {
+      touch();
+      __builtin_prefetch(at + 128);
+      __builtin_prefetch(value + 6 * line);
+      __builtin_prefetch(value + 7 * line);
+      f(*row++, at, value, count);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparsetrain
