@@ -332,6 +332,9 @@ struct SampleGradient {
         if (tall == kTileRows && wide == kTileColumns)
           return blocks(std::integral_constant<int, kTileRows>{},
                         std::integral_constant<int, kTileColumns>{});
+        if (tall == 1 && wide == kTileColumns)
+          return blocks(std::integral_constant<int, 1>{},
+                        std::integral_constant<int, kTileColumns>{});
         blocks(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
       });
     });

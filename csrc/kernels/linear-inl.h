@@ -132,8 +132,17 @@ void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
       for (int64_t b = 0; b < transposed.blocks; b++) {
         const int64_t end = least(last, transposed.block_end(b));
         const int32_t* crow = pattern.crow + transposed.first_column(b);
-        for (; k < end; k++)
+        auto take = [&] {
           out[k] = widen(values[crow[index[k] >> transposed.column_shift] + place[k]]);
+          k++;
+        };
+        // A block reads one stretch of the values, in no order: the next one's is asked for.
+        const int64_t size = transposed.block_end(b) - k;
+        while (k + 16 <= end) {
+          __builtin_prefetch(values + least(k + size, pattern.nnz - 1));
+          for (int i = 0; i < 16; i++) take();
+        }
+        while (k < end) take();
       }
     });
     return;

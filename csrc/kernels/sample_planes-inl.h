@@ -40,13 +40,15 @@ ST_INLINE void for_pixels(int64_t from, int64_t to, const F& f) {
 // nowhere if that is negative; without slots, to its own place. Missing samples become zero.
 template <class S>
 void pack_pixels(const Samples<const S>& m, int64_t group, int64_t channel, int64_t from,
-                 int64_t to, const int32_t* slots, Sum<S>* out) {
+                 int64_t to, const int32_t* slots, Sum<S>* out, const S* next = nullptr) {
   typedef Sum<S> T;
   constexpr int w = kLanes<T>;
   const S* plane = m.plane(group, channel);
   const int64_t stride = m.stride();
   const int samples = m.count(group);
   for_pixels<T>(from, to, [&](int64_t p, int n) {
+    if (next && ((p - from) / w) % (64 / (w * sizeof(S))) == 0)
+      for (int i = 0; i < samples; i++) __builtin_prefetch(next + i * stride + p);
     Vec<T> r[w];
     if (samples == w && n == w) {
       ST_UNROLL
@@ -191,10 +193,9 @@ void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<c
       zero(0, rows, out);
       continue;
     }
-    if (c + 1 < m.channels && s.used[c + 1])
-      prefetch_pixels(m, group, c + 1, (top + y0) * width, (top + y1) * width);
     zero(0, y0, out);
-    pack_pixels(m, group, c, (top + y0) * width, (top + y1) * width, slots + y0 * width, out);
+    pack_pixels(m, group, c, (top + y0) * width, (top + y1) * width, slots + y0 * width, out,
+                   c + 1 < m.channels && s.used[c + 1] ? m.plane(group, c + 1) : nullptr);
     zero(y1, rows, out);
   }
 }
