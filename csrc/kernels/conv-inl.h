@@ -60,9 +60,9 @@ struct ConvProduct {
         constexpr int NV = decltype(n)::value;
         with_index(side, [&](auto* index) {
           for (int64_t b = 0; b < side.blocks; b++)
-            spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r,
-                                         index, values, copies + lane, chunk + lane,
-                                         conv.strip_lanes, bias ? bias + r : nullptr, b == 0);
+            spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
+                side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r, index, values,
+                copies + lane, chunk + lane, conv.strip_lanes, bias ? bias + r : nullptr, b == 0);
         });
       });
       placer.place(runs, count, r, end, chunk, conv.strip_lanes,

@@ -87,8 +87,7 @@ ST_INLINE void with_tile(const Side& side, int nv, const F& f) {
   with_vectors(nv, [&](auto n) {
     constexpr int NV = decltype(n)::value;
     if (side.wide) return f(n, std::integral_constant<int, 8 * NV / kTiles.wide>{});
-    if constexpr (NV <= kTiles.narrow)
-      f(n, std::integral_constant<int, 8 * NV / kTiles.narrow>{});
+    if constexpr (NV <= kTiles.narrow) f(n, std::integral_constant<int, 8 * NV / kTiles.narrow>{});
   });
 }
 // f(unit, its first row) for the units of rows [r0, r1), which begins with one.
@@ -228,8 +227,8 @@ struct Product {
   }
 };
 
-// First row of part p of `parts` of about equal cost; begins a unit. (sum_rows groups rows by 8, and
-// the groups must be the same however rows are shared out.)
+// First row of part p of `parts` of about equal cost; begins a unit. (sum_rows groups rows by 8,
+// and the groups must be the same however rows are shared out.)
 ST_INLINE int64_t part_begin(const Side& side, int64_t p, int64_t parts) {
   if (p == parts) return side.rows;
   auto cost = [&](int64_t r) { return side.row_begin[r] + 4 * r; };

@@ -28,13 +28,13 @@ struct Sweep {  // one block of one unit
   int64_t first;        // place of the first nonzero's column number (and value, if from is null)
 };
 struct Sweeps {
-  int64_t unit = 0;                         // rows, a multiple of 16; the last unit may have fewer
+  int64_t unit = 0;  // rows, a multiple of 16; the last unit may have fewer
   int64_t units = 0;
   std::unique_ptr<CellRun[]> runs;
-  std::unique_ptr<int32_t[]> first_run;     // blocks x units + 1
-  std::unique_ptr<int32_t[]> first;         // blocks x units
-  std::unique_ptr<uint8_t[]> row;           // blocks x rows, and kSweepAhead more
-  std::unique_ptr<int32_t[]> from;          // the same, or null
+  std::unique_ptr<int32_t[]> first_run;  // blocks x units + 1
+  std::unique_ptr<int32_t[]> first;      // blocks x units
+  std::unique_ptr<uint8_t[]> row;        // blocks x rows, and kSweepAhead more
+  std::unique_ptr<int32_t[]> from;       // the same, or null
 };
 constexpr int64_t kMostUnit = 256;  // rows of the largest unit: others divide it
 // Cells ahead of their use whose `from` a kernel may read.
@@ -46,14 +46,14 @@ constexpr int64_t kSweepAhead = 8;
 struct Side {
   int64_t rows = 0, cols = 0, nnz = 0;
   int64_t blocks = 1;
-  bool wide = false;                    // tiles of rule.wide vectors rather than rule.narrow
-  const int32_t* row_begin = nullptr;   // rows + 1: CSR row pointers
-  std::unique_ptr<int32_t[]> cuts;      // (blocks - 1) x rows
+  bool wide = false;                   // tiles of rule.wide vectors rather than rule.narrow
+  const int32_t* row_begin = nullptr;  // rows + 1: CSR row pointers
+  std::unique_ptr<int32_t[]> cuts;     // (blocks - 1) x rows
   Sweeps sweeps;
-  // What a nonzero reads. Linear layers: index16, its column inside the block << column_shift, which
-  // is where the column's full tile begins in the packed block, in units of 8 bytes: x86 multiplies
-  // an index by 8 for nothing. Convolutions: a number of vectors, in index32 if it takes more than
-  // 16 bits.
+  // What a nonzero reads. Linear layers: index16, its column inside the block << column_shift,
+  // which is where the column's full tile begins in the packed block, in units of 8 bytes: x86
+  // multiplies an index by 8 for nothing. Convolutions: a number of vectors, in index32 if it takes
+  // more than 16 bits.
   std::unique_ptr<uint16_t[]> index16;
   const int32_t* index32 = nullptr;
   int column_shift = 0;

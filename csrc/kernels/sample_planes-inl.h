@@ -195,7 +195,7 @@ void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<c
     }
     zero(0, y0, out);
     pack_pixels(m, group, c, (top + y0) * width, (top + y1) * width, slots + y0 * width, out,
-                   c + 1 < m.channels && s.used[c + 1] ? m.plane(group, c + 1) : nullptr);
+                c + 1 < m.channels && s.used[c + 1] ? m.plane(group, c + 1) : nullptr);
     zero(y1, rows, out);
   }
 }

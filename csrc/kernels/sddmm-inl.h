@@ -78,9 +78,11 @@ void sddmm_sweep(const Sweep& sweep, const I* __restrict index, const T* __restr
                  const T* __restrict dy, int64_t dy_stride, T* __restrict dvalues) {
   constexpr int bytes = NV * SPARSETRAIN_VECTOR_BYTES;
   for_cells<T, bytes>(sweep, index, dvalues, dy, dy_stride,
-               [&](int64_t r, const I* at, T* to, int64_t count) __attribute__((always_inline)) {
-                 if (count) sddmm_cell<T, NV, Unit>(at, count, x, dy + r * dy_stride, to);
-               });
+                      [&](int64_t r, const I* at, T* to, int64_t count)
+                          __attribute__((always_inline)) {
+                            if (count)
+                              sddmm_cell<T, NV, Unit>(at, count, x, dy + r * dy_stride, to);
+                          });
 }
 
 // dbias[r] += sum_s dy[r][s]

@@ -86,12 +86,13 @@ void spmm_sweep(const Sweep& sweep, const I* __restrict index, const T* __restri
                 const T* __restrict x, T* __restrict y, int64_t y_stride, const T* bias,
                 bool first) {
   constexpr int bytes = NV * SPARSETRAIN_VECTOR_BYTES;
-  for_cells<T, bytes>(sweep, index, values, static_cast<const T*>(y), y_stride, [&](int64_t r, const I* at, const T* value, int64_t count)
-                                         __attribute__((always_inline)) {
-    if (count || first)
-      spmm_cell<T, NV, Unit>(at, value, count, x, y + r * y_stride, bias ? bias + r : nullptr,
-                             first);
-  });
+  for_cells<T, bytes>(sweep, index, values, static_cast<const T*>(y), y_stride,
+                      [&](int64_t r, const I* at, const T* value, int64_t count)
+                          __attribute__((always_inline)) {
+                            if (count || first)
+                              spmm_cell<T, NV, Unit>(at, value, count, x, y + r * y_stride,
+                                                     bias ? bias + r : nullptr, first);
+                          });
 }
 
 }  // namespace

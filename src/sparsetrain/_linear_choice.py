@@ -63,13 +63,13 @@ class _Dense(NamedTuple):
 
 
 # Fitted to six layers, 64 -> 64 to 3072 -> 768, at batches 1 to 2048, sparsities 0 to 99 %, one
-# thread and two, of a CPU with AVX2 (Zen 3): the faster one is chosen to within 1.2 % of the time
+# thread, of a CPU with AVX2 (Zen 3), so that the faster one is chosen: to within 0.3 % of the time
 # (geometric mean). Products and visits are a few cycles for a whole vector, so they hold for wider
 # ones: what changes with the instruction set is L.
 _NATIVE = {
-    "forward": _Native(14000, 0.14, 1.06, 17, 0.58, 0),
-    "grad_input": _Native(16000, 0.38, 0.06, 21, 0.65, 3.4),
-    "grad_values": _Native(17000, 0.06, 1.58, 15, 0.90, 0),
+    "forward": _Native(15500, 0.022, 0.93, 4.4, 0.47, 0),
+    "grad_input": _Native(17800, 0.21, 0.08, 2.5, 0.54, 1.6),
+    "grad_values": _Native(19000, 0.007, 1.33, 0.6, 0.55, 0),
 }
 _FEW_SAMPLES = 8
 _FEW = {  # (bits, samples)
@@ -78,9 +78,9 @@ _FEW = {  # (bits, samples)
     "grad_values": (0.155, 0.023),
 }
 _DENSE = {
-    "forward": _Dense(25000, 0.22, 0.36, 0.09, 0.06, 1100),
-    "grad_input": _Dense(19000, 0.22, 0.42, 0.002, 0.07, 2600),
-    "grad_values": _Dense(34000, 0.22, 0.39, 0.11, 0.04, 3000),
+    "forward": _Dense(27300, 0.222, 0.61, 0, 0.5, 0),
+    "grad_input": _Dense(15200, 0.219, 0.38, 0.12, 0.26, 9000),
+    "grad_values": _Dense(38600, 0.211, 0.12, 0.52, 0.81, 0),
 }
 # The part of each further thread that counts.
 _NATIVE_SHARE, _DENSE_SHARE = 0.9, 0.5
@@ -140,15 +140,15 @@ def choose(direction: Direction, problem: LinearProblem) -> Choice:
     | otherwise                                                     | native |
 
     On the CPU the estimates were fitted on, for float32 and one thread, that is dense up to these
-    sparsities in % (forward / grad_input / grad_values):
+    sparsities in % (forward / grad_input / grad_values; -: never):
 
-    | layer       | batch 1 to 8 | batch 32          | batch 2048        |
-    |-------------|--------------|-------------------|-------------------|
-    | 64 -> 64    | never        | 0 / 64 / 0        | 90 / 99 / 99      |
-    | 384 -> 384  | never        | 20 / 76 / 26      | 53 / 54 / 61      |
-    | 384 -> 1536 | never        | 22 / 75 / 29      | 51 / 50 / 58      |
-    | 768 -> 3072 | never        | 20 / 74 / 27      | 48 / 47 / 54      |
-    | 3072 -> 768 | never        | 19 / 74 / 26      | 47 / 49 / 53      |
+    | layer       | batch 1 to 8  | batch 32      | batch 128     | batch 2048    |
+    |-------------|---------------|---------------|---------------|---------------|
+    | 64 -> 64    | - / 0 / -     | - / 0 / -     | - / 18 / -    | 11 / 37 / 13  |
+    | 384 -> 384  | -             | - / 45 / 0    | - / 27 / 20   | 12 / 12 / 33  |
+    | 384 -> 1536 | -             | - / 46 / 0    | - / 26 / 23   | 12 / 9 / 35   |
+    | 768 -> 3072 | - / - / 0     | - / 45 / 0    | - / 25 / 24   | 12 / 8 / 36   |
+    | 3072 -> 768 | - / - / 0     | - / 45 / 0    | - / 25 / 24   | 11 / 8 / 36   |
 
     The native kernels alone give the same bits for any number of threads.
     """
