@@ -47,9 +47,10 @@ struct ConvProduct {
     return (chunk_rows() + pixels) * conv.strip_lanes + 4 * kLanes<T>;
   }
 
-  // Rows [r0, r1) of one strip. chunk: chunk_size() of scratch; runs: strip_lanes.
+  // Rows [r0, r1) of one strip. chunk: chunk_size() of scratch; runs: strip_lanes. next: what to
+  // ask for meanwhile.
   void rows(int64_t group, int64_t strip, const T* copies, int64_t r0, int64_t r1, T* chunk,
-            Run* runs) const {
+            Run* runs, ReadAhead next = {}) const {
     const Side& side = conv.side;
     const int64_t from = conv.strip_begin(strip), lanes = conv.strip_end(strip) - from;
     const int count = placer.list(group, from, lanes, runs);
@@ -62,7 +63,8 @@ struct ConvProduct {
           for (int64_t b = 0; b < side.blocks; b++)
             spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
                 side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r, index, values,
-                copies + lane, chunk + lane, conv.strip_lanes, bias ? bias + r : nullptr, b == 0);
+                copies + lane, chunk + lane, conv.strip_lanes, bias ? bias + r : nullptr, b == 0,
+                next);
         });
       });
       placer.place(runs, count, r, end, chunk, conv.strip_lanes,
@@ -79,6 +81,11 @@ ConvVectors conv_vectors() {
 template <class S>
 int64_t copies_size(const ConvSide& s) {
   return s.source_channels * static_cast<int64_t>(s.kinds.size()) * s.copy_lanes;
+}
+
+// Calls of ReadAhead::some_more for `rows` rows of a strip.
+ST_INLINE int64_t visits(const ConvSide& s, int64_t rows) {
+  return s.side.blocks * rows * ceil_div(s.strip_lanes, s.tile_lanes);
 }
 
 // Rows that a worker takes at a time: whole channels.
@@ -104,8 +111,9 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
     share(parallel, workers, strips, [&](int worker, int64_t i) {
       T* own = copies.get() + worker * size;
       fill_copies(s, source, i / s.strips, i % s.strips, 0, s.source_channels, own);
+      const ReadAhead next(strip_of(s, source, i + workers), visits(s, s.side.rows));
       product.rows(i / s.strips, i % s.strips, own, 0, s.side.rows, chunks.get() + worker * chunk,
-                   runs.get() + worker * s.strip_lanes);
+                   runs.get() + worker * s.strip_lanes, next);
     });
     return;
   }
@@ -135,8 +143,9 @@ struct ConvGradient {
   T* dvalues;  // nnz
 
   // Adds the share of one strip, for rows [r0, r1). copies: of dy; centre: of x, side.rows x
-  // centre_lanes.
-  void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1) const {
+  // centre_lanes; next: what to ask for meanwhile.
+  void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1,
+            ReadAhead next = {}) const {
     const Side& side = conv.side;
     for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
       constexpr int NV = decltype(n)::value;
@@ -144,7 +153,7 @@ struct ConvGradient {
         for (int64_t b = 0; b < side.blocks; b++)
           sddmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
               side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, copies + lane,
-              centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, dvalues);
+              centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, dvalues, next);
       });
     });
   }
@@ -197,13 +206,17 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
     };
     auto take_dx = [&](int worker, int64_t t) {
       const int64_t at = first + t;
+      const ReadAhead next(strip_of(s, x, at + together), visits(s, rows));
       product->rows(at / s.strips, at % s.strips, copies.get() + t * size, 0, rows,
-                    chunks.get() + worker * chunk, runs.get() + worker * s.strip_lanes);
+                    chunks.get() + worker * chunk, runs.get() + worker * s.strip_lanes, next);
     };
     auto take_dvalues = [&](int64_t i) {
-      for (int64_t t = 0; t < n; t++)
-        gradient.rows((first + t) % s.strips, copies.get() + t * size,
-                      centres.get() + t * centre_size, i * step, least((i + 1) * step, rows));
+      for (int64_t t = 0; t < n; t++) {
+        const int64_t end = least((i + 1) * step, rows), at = first + t;
+        const ReadAhead next(i ? Stretches{} : strip_of(s, dy, at + together), visits(s, end));
+        gradient.rows(at % s.strips, copies.get() + t * size, centres.get() + t * centre_size,
+                      i * step, end, next);
+      }
     };
     share(parallel, workers, n * (dy_parts + x_parts), [&](int, int64_t i) {
       if (i < n * dy_parts) return fill_dy(i);

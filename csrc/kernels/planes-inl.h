@@ -4,6 +4,7 @@
 
 #include "conv_plan.h"
 #include "linear-inl.h"
+#include "read_ahead-inl.h"
 
 namespace sparsetrain {
 namespace {
@@ -151,6 +152,29 @@ void prefetch_lanes(const ConvSide& s, const Planes<S>& p, int64_t channel, int6
     for (const S* at = image + y0 * p.size[1]; at < image + y1 * p.size[1]; at += line)
       __builtin_prefetch(at);
   }
+}
+
+// What is read of the image of lane `from` of a flat side, up to lane `to`.
+template <class S>
+Stretch image_of(const ConvSide& s, const Planes<S>& p, int64_t from, int64_t to) {
+  const int64_t size = sizeof(S), plane = p.size[0] * p.size[1] * size;
+  const int64_t n = from / s.pitch, in = from % s.pitch, lanes = least(to - from, s.pitch - in);
+  if (n >= p.batch || lanes <= 0) return {};
+  const char* image = reinterpret_cast<const char*>(p.data) + n * p.channels * plane;
+  if (p.step[0] == 1 && p.step[1] == 1)
+    return {image + in * size, lanes * size, 1, 0, p.channels, plane};
+  const int64_t y0 = in / s.grid[1], y1 = ceil_div(in + lanes, s.grid[1]), row = p.size[1] * size;
+  return {image + y0 * p.step[0] * row, row, y1 - y0, p.step[0] * row, p.channels, plane};
+}
+// What will be read for a strip of a flat side: of its first two images, which mostly are all.
+// Nothing for small planes: their runs are short, and their tensors near already (14 x 14: 0.97).
+template <class S>
+Stretches strip_of(const ConvSide& s, const Planes<S>& p, int64_t strip) {
+  constexpr int64_t kLeastPlane = 2 << 10;
+  const int64_t plane = p.size[0] * p.size[1] * static_cast<int64_t>(sizeof(S));
+  if (!s.flat || strip >= s.strips || plane < kLeastPlane) return {};
+  const int64_t from = s.strip_begin(strip), to = s.strip_end(strip);
+  return {image_of(s, p, from, to), image_of(s, p, (from / s.pitch + 1) * s.pitch, to)};
 }
 
 // All copies that are used of channels [c0, c1) for one strip. copies: source_channels x kinds x

@@ -2,6 +2,7 @@
 //   dvalues[k] += sum_s dy[row(k)][s] * x[index[k]][s]
 #pragma once
 
+#include "read_ahead-inl.h"
 #include "sweep-inl.h"
 
 namespace sparsetrain {
@@ -63,10 +64,11 @@ ST_INLINE void sddmm_cell(const I* __restrict index, int64_t count, const T* __r
 template <class T, int NV, int Unit, class I>
 void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                  const I* __restrict index, const T* __restrict x, const T* __restrict dy,
-                 int64_t dy_stride, T* __restrict dvalues) {
+                 int64_t dy_stride, T* __restrict dvalues, ReadAhead& next) {
   for (int64_t r = 0; r < rows; r++, dy += dy_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
+    next.some_more();
     if (begin[r] != end[r])
       sddmm_cell<T, NV, Unit>(index + begin[r], end[r] - begin[r], x, dy, dvalues + begin[r]);
   }

@@ -1,6 +1,7 @@
 // Sparse rows times a packed tile: y[row][..] += sum_k values[k] * x[index[k]][..]
 #pragma once
 
+#include "read_ahead-inl.h"
 #include "sweep-inl.h"
 
 namespace sparsetrain {
@@ -71,10 +72,11 @@ ST_INLINE void spmm_cell(const I* __restrict index, const T* __restrict values, 
 template <class T, int NV, int Unit, class I>
 void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                 const I* __restrict index, const T* __restrict values, const T* __restrict x,
-                T* __restrict y, int64_t y_stride, const T* bias, bool first) {
+                T* __restrict y, int64_t y_stride, const T* bias, bool first, ReadAhead& next) {
   for (int64_t r = 0; r < rows; r++, y += y_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, values, begin[ahead], end[ahead]);
+    next.some_more();
     spmm_cell<T, NV, Unit>(index + begin[r], values + begin[r], end[r] - begin[r], x, y,
                            bias ? bias + r : nullptr, first);
   }
