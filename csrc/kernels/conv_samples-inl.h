@@ -225,6 +225,11 @@ ST_INLINE int64_t sample_row_step(const ConvSide& s, int64_t pieces) {
   return ceil_div(ceil_div(s.side.rows, pieces), 16 * phases) * 16 * phases;
 }
 
+// Into how many runs the strips of a group are cut for `workers`: the more, the evener the shares.
+ST_INLINE int64_t strip_runs(const ConvSide& s, int64_t groups, int workers) {
+  return workers == 1 ? 1 : least(s.strips, ceil_div(8 * workers, groups));
+}
+
 template <class S>
 void sample_product(const SampleProduct<S>& product, const Samples<const S>& source,
                     const Parallel& parallel) {
@@ -236,17 +241,24 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
   const int workers = worth_waking(parallel, (s.side.nnz + rows) * pixels * source.batch);
   const int64_t size = sample_copies_size<S>(s);
 
-  if (workers == 1 || strips >= 8 * workers) {
+  // Each worker takes some strips of one group in a row: each shares rows with the one before.
+  const int64_t runs = strip_runs(s, source.groups(), workers), items = source.groups() * runs;
+  if (workers == 1 || items >= 4 * workers || items % workers == 0) {
     const int64_t chunk = product.chunk_size(rows);
     Scratch<T> copies(size * workers), chunks(chunk * workers);
     Scratch<bool> filled(workers);
     for (int i = 0; i < workers; i++) filled.get()[i] = false;
-    share(parallel, workers, strips, [&](int worker, int64_t i) {
+    share(parallel, workers, items, [&](int worker, int64_t i) {
       T* own = copies.get() + worker * size;
-      fill_samples<S>(s, tables, source, i / s.strips, i % s.strips, 0, s.source_channels,
-                      !filled.get()[worker], own);
-      filled.get()[worker] = true;
-      product.rows(i / s.strips, i % s.strips, own, 0, rows, chunks.get() + worker * chunk);
+      const int64_t group = i / runs, first = s.strips * (i % runs) / runs;
+      for (int64_t t = first; t < s.strips * (i % runs + 1) / runs; t++) {
+        const Held held = t > first              ? Held::one_before
+                          : filled.get()[worker] ? Held::another
+                                                 : Held::nothing;
+        fill_samples<S>(s, tables, source, group, t, 0, s.source_channels, held, own);
+        filled.get()[worker] = true;
+        product.rows(group, t, own, 0, rows, chunks.get() + worker * chunk);
+      }
     });
     return;
   }
@@ -259,7 +271,8 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
   share(parallel, workers, strips * parts, [&](int, int64_t i) {
     const int64_t at = i / parts, c = i % parts * channels;
     fill_samples<S>(s, tables, source, at / s.strips, at % s.strips, c,
-                    least(c + channels, s.source_channels), true, copies.get() + at * size);
+                    least(c + channels, s.source_channels), Held::nothing,
+                    copies.get() + at * size);
   });
   share(parallel, workers, strips * pieces, [&](int worker, int64_t i) {
     const int64_t at = i / pieces, r = i % pieces * step;
@@ -313,8 +326,9 @@ struct SampleGradient {
     return {copies - (other.first_shift * other.pitch + other.first_column) * w, other.copy_lanes,
             other.pitch * w};
   }
-  // Adds the share of one strip, for rows [r0, r1).
-  void rows(int64_t strip, const T* copies, const DyRows<T>& dy, int64_t r0, int64_t r1) const {
+  // Adds the share of one strip, for rows [r0, r1), to `sums` (nnz).
+  void rows(int64_t strip, const T* copies, const DyRows<T>& dy, int64_t r0, int64_t r1,
+            T* sums) const {
     constexpr int w = kLanes<T>;
     const Side& side = conv.side;
     const StripRows strip_rows(conv, strip);
@@ -327,7 +341,7 @@ struct SampleGradient {
           for (int64_t b = 0; b < side.blocks; b++)
             sddmm_pixels<T, decltype(h)::value, decltype(v)::value>(
                 side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, source,
-                conv.pitch * w, from, dy.pitch, dy.stride, tall, wide, dvalues);
+                conv.pitch * w, from, dy.pitch, dy.stride, tall, wide, sums);
         };
         if (tall == kTileRows && wide == kTileColumns)
           return blocks(std::integral_constant<int, kTileRows>{},
@@ -341,69 +355,136 @@ struct SampleGradient {
   }
 };
 
-// product: dx from the same strips of dy, or null if it is not wanted or its strips are others.
+// Both gradients from the strips of groups of samples. Each group's sums of the gradient of the
+// values are made apart and added to the others in order: the same whoever does what.
+template <class S>
+struct SampleGradients {
+  typedef Sum<S> T;
+  const SampleProduct<S>* product;  // dx from the same strips of dy, or null
+  const SampleGradient<S>& gradient;
+  const Samples<const S>&x, &dy;
+  const Parallel& parallel;
+  int workers;
+  const SampleTables& tables;
+
+  const ConvSide& conv() const { return gradient.conv; }
+  int64_t rows() const { return conv().side.rows; }
+  int64_t size() const { return sample_copies_size<S>(conv()); }
+  int64_t dy_size() const {
+    return product ? sample_copies_size<S>(product->conv) : rows() * gradient.row_size();
+  }
+  int64_t dx_rows() const { return product ? product->conv.side.rows : 0; }
+  int64_t chunk() const { return product ? product->chunk_size(dx_rows()) : 0; }
+
+  void fill_dy(int64_t group, int64_t strip, int64_t c0, int64_t c1, Held held, T* to) const {
+    if (!product) return gradient.fill_dy(dy, group, strip, c0, c1, to);
+    fill_samples<S>(product->conv, product->tables, dy, group, strip, c0, c1, held, to);
+  }
+  void fill_x(int64_t group, int64_t strip, int64_t c0, int64_t c1, Held held, T* to) const {
+    fill_samples<S>(conv(), tables, x, group, strip, c0, c1, held, to);
+  }
+  void take_dvalues(int64_t strip, const T* copies, const T* dy_copies, int64_t r0, int64_t r1,
+                    T* dvalues) const {
+    gradient.rows(
+        strip, copies,
+        product ? gradient.shared_rows(product->conv, dy_copies) : gradient.packed_rows(dy_copies),
+        r0, r1, dvalues);
+  }
+  void clear(T* dvalues) const { __builtin_memset(dvalues, 0, sizeof(T) * conv().side.nnz); }
+  void add(const T* dvalues) const {
+    for (int64_t k = 0; k < conv().side.nnz; k++) gradient.dvalues[k] += dvalues[k];
+  }
+
+  // A worker has a group to itself.
+  void by_groups() const {
+    Scratch<T> copies(size() * workers), dy_copies(dy_size() * workers), chunks(chunk() * workers);
+    Scratch<T> sums(x.groups() > 1 ? conv().side.nnz * workers : 0);
+    Scratch<bool> filled(workers);
+    for (int i = 0; i < workers; i++) filled.get()[i] = false;
+    OneByOne order(1);
+    share(parallel, workers, x.groups(), [&](int worker, int64_t g) {
+      T* own = copies.get() + worker * size();
+      T* own_dy = dy_copies.get() + worker * dy_size();
+      T* dvalues = g ? sums.get() + worker * conv().side.nnz : gradient.dvalues;
+      clear(dvalues);
+      for (int64_t t = 0; t < conv().strips; t++) {
+        const Held held = t                      ? Held::one_before
+                          : filled.get()[worker] ? Held::another
+                                                 : Held::nothing;
+        fill_dy(g, t, 0, rows(), held, own_dy);
+        if (product) product->rows(g, t, own_dy, 0, dx_rows(), chunks.get() + worker * chunk());
+        fill_x(g, t, 0, conv().source_channels, held, own);
+        take_dvalues(t, own, own_dy, 0, rows(), dvalues);
+        filled.get()[worker] = true;
+      }
+      order.wait(0, g);
+      if (g) add(dvalues);
+      order.done(0, g);
+    });
+  }
+
+  // Workers share the strips of one group, then of the next.
+  void by_strips() const {
+    const int64_t together = least(conv().strips, 2 * workers);
+    Scratch<T> copies(size() * together), dy_copies(dy_size() * together);
+    Scratch<T> chunks(chunk() * workers), sums(x.groups() > 1 ? conv().side.nnz : 0);
+    for (int64_t g = 0; g < x.groups(); g++) {
+      T* dvalues = g ? sums.get() : gradient.dvalues;
+      clear(dvalues);
+      for (int64_t first = 0; first < conv().strips; first += together)
+        strips(g, first, least(conv().strips - first, together), g || first, copies.get(),
+               dy_copies.get(), chunks.get(), dvalues);
+      if (g) add(dvalues);
+    }
+  }
+
+ private:
+  void strips(int64_t g, int64_t first, int64_t n, bool filled, T* copies, T* dy_copies, T* chunks,
+              T* dvalues) const {
+    const Held held = filled ? Held::another : Held::nothing;
+    const int64_t channels = 16, x_parts = ceil_div(conv().source_channels, channels);
+    const int64_t dy_parts = ceil_div(rows(), channels);
+    const int64_t step = sample_row_step(conv(), 2 * workers);
+    auto some_dy = [&](int64_t i) {
+      const int64_t t = i / dy_parts, c = i % dy_parts * channels;
+      fill_dy(g, first + t, c, least(c + channels, rows()), held, dy_copies + t * dy_size());
+    };
+    auto some_x = [&](int64_t i) {
+      const int64_t t = i / x_parts, c = i % x_parts * channels;
+      fill_x(g, first + t, c, least(c + channels, conv().source_channels), held,
+             copies + t * size());
+    };
+    const int64_t dy_items = n * dy_parts, x_items = n * x_parts;
+    share(parallel, workers, dy_items + (product ? 0 : x_items), [&](int, int64_t i) {
+      if (i < dy_items) return some_dy(i);
+      some_x(i - dy_items);
+    });
+    if (product)
+      share(parallel, workers, n + x_items, [&](int worker, int64_t i) {
+        if (i >= n) return some_x(i - n);
+        product->rows(g, first + i, dy_copies + i * dy_size(), 0, dx_rows(),
+                      chunks + worker * chunk());
+      });
+    share(parallel, workers, ceil_div(rows(), step), [&](int, int64_t i) {
+      for (int64_t t = 0; t < n; t++)
+        take_dvalues(first + t, copies + t * size(), dy_copies + t * dy_size(), i * step,
+                     least((i + 1) * step, rows()), dvalues);
+    });
+  }
+};
+
 template <class S>
 void sample_gradients(const SampleProduct<S>* product, const SampleGradient<S>& gradient,
                       const Samples<const S>& x, const Samples<const S>& dy,
                       const Parallel& parallel) {
-  typedef Sum<S> T;
   const ConvSide& s = gradient.conv;
-  const SampleTables tables(s, kLanes<T>);
-  const int64_t strips = x.groups() * s.strips, rows = s.side.rows;
-  const int64_t pixels = s.grid[0] * s.grid[1];
-  __builtin_memset(gradient.dvalues, 0, sizeof(T) * s.side.nnz);
-  const int workers = worth_waking(parallel, (s.side.nnz + rows) * pixels * x.batch);
-  const int64_t together = workers == 1 ? 1 : least(strips, 2 * workers);
-  const int64_t size = sample_copies_size<S>(s);
-  const int64_t dy_size =
-      product ? sample_copies_size<S>(product->conv) : rows * gradient.row_size();
-  const int64_t dx_rows = product ? product->conv.side.rows : 0;
-  const int64_t chunk = product ? product->chunk_size(dx_rows) : 0;
-  Scratch<T> copies(size * together), dy_copies(dy_size * together), chunks(chunk * workers);
-  const int64_t channels = 16, x_parts = ceil_div(s.source_channels, channels);
-  const int64_t dy_parts = ceil_div(rows, channels);
-  const int64_t step = workers == 1 ? rows : sample_row_step(s, 2 * workers);
-  const int64_t row_items = ceil_div(rows, step);
-
-  for (int64_t first = 0; first < strips; first += together) {
-    const int64_t n = least(strips - first, together);
-    auto fill_dy = [&](int64_t i) {
-      const int64_t t = i / dy_parts, c = i % dy_parts * channels, end = least(c + channels, rows);
-      const int64_t group = (first + t) / s.strips, strip = (first + t) % s.strips;
-      T* to = dy_copies.get() + t * dy_size;
-      if (!product) return gradient.fill_dy(dy, group, strip, c, end, to);
-      fill_samples<S>(product->conv, product->tables, dy, group, strip, c, end, first == 0, to);
-    };
-    auto fill_x = [&](int64_t i) {
-      const int64_t t = i / x_parts, c = i % x_parts * channels;
-      fill_samples<S>(s, tables, x, (first + t) / s.strips, (first + t) % s.strips, c,
-                      least(c + channels, s.source_channels), first == 0, copies.get() + t * size);
-    };
-    auto take_dx = [&](int worker, int64_t t) {
-      product->rows((first + t) / s.strips, (first + t) % s.strips, dy_copies.get() + t * dy_size,
-                    0, dx_rows, chunks.get() + worker * chunk);
-    };
-    auto take_dvalues = [&](int64_t i) {
-      for (int64_t t = 0; t < n; t++) {
-        const T* rows_of = dy_copies.get() + t * dy_size;
-        gradient.rows(
-            (first + t) % s.strips, copies.get() + t * size,
-            product ? gradient.shared_rows(product->conv, rows_of) : gradient.packed_rows(rows_of),
-            i * step, least((i + 1) * step, rows));
-      }
-    };
-    const int64_t dy_items = n * dy_parts, x_items = n * x_parts;
-    share(parallel, workers, dy_items + (product ? 0 : x_items), [&](int, int64_t i) {
-      if (i < dy_items) return fill_dy(i);
-      fill_x(i - dy_items);
-    });
-    if (product)
-      share(parallel, workers, n + x_items, [&](int worker, int64_t i) {
-        if (i < n) return take_dx(worker, i);
-        fill_x(i - n);
-      });
-    share(parallel, workers, row_items, [&](int, int64_t i) { take_dvalues(i); });
-  }
+  const int workers =
+      worth_waking(parallel, (s.side.nnz + s.side.rows) * s.grid[0] * s.grid[1] * x.batch);
+  const SampleTables tables(s, kLanes<Sum<S>>);
+  const SampleGradients<S> gradients{product, gradient, x, dy, parallel, workers, tables};
+  if (workers == 1 || x.groups() % workers == 0 || x.groups() >= 4 * workers)
+    return gradients.by_groups();
+  gradients.by_strips();
 }
 
 }  // namespace

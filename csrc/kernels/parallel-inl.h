@@ -82,6 +82,7 @@ ST_INLINE int worth_waking(const Parallel& parallel, int64_t products) {
 }
 
 ST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+ST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 ST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

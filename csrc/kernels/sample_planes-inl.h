@@ -165,18 +165,29 @@ int64_t sample_copies_size(const ConvSide& s) {
   return s.source_channels * static_cast<int64_t>(s.kinds.size()) * s.copy_lanes;
 }
 
-// Planes of channels [c0, c1) for one strip, with zeros around them. fresh: the buffer was not
-// filled for another strip of this side before.
+// What a buffer for the copies of a strip holds.
+enum class Held { nothing, another, one_before };  // one_before: of this side and group
+
+// The rows that the strip before shares with this one, from the end of each plane to its beginning.
+template <class T>
+ST_INLINE void move_shared_rows(const ConvSide& s, T* planes) {
+  const int64_t row = s.pitch * kLanes<T>;
+  for (size_t k = 0; k < s.kinds.size(); k++, planes += s.copy_lanes)
+    __builtin_memmove(planes, planes + s.strip_rows * row, sizeof(T) * s.span * row);
+}
+
+// Planes of channels [c0, c1) for one strip, with zeros around them.
 template <class S>
 void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<const S>& m,
-                  int64_t group, int64_t strip, int64_t c0, int64_t c1, bool fresh,
-                  Sum<S>* copies) {
+                  int64_t group, int64_t strip, int64_t c0, int64_t c1, Held held, Sum<S>* copies) {
   typedef Sum<S> T;
   constexpr int w = kLanes<T>;
   const int64_t width = m.size[1];
   const int64_t top = (strip * s.strip_rows + s.first_shift) * s.source_step[0];
   const int64_t rows = (s.strip_rows + s.span) * s.source_step[0];
-  const int64_t y0 = top < 0 ? least(-top, rows) : 0;  // the rows that are inside the image
+  const int64_t done = held == Held::one_before ? s.span * s.source_step[0] : 0;
+  // the rows that are inside the image
+  const int64_t y0 = most(top < 0 ? least(-top, rows) : 0, done);
   const int64_t y1 = top + rows > m.size[0] ? (m.size[0] > top ? m.size[0] - top : 0) : rows;
   const int32_t* slots = tables.slots.data();
   auto zero = [&](int64_t from, int64_t to, T* out) {
@@ -187,13 +198,14 @@ void fill_samples(const ConvSide& s, const SampleTables& tables, const Samples<c
   for (int64_t c = c0; c < c1; c++) {
     if (!s.used[c]) continue;
     T* out = copies + c * size;
-    if (fresh)
+    if (held == Held::nothing)
       for (const int32_t gap : tables.gaps) store<T>(out + static_cast<int64_t>(gap) * w, Vec<T>{});
+    if (done) move_shared_rows(s, out);
     if (y0 >= y1) {
-      zero(0, rows, out);
+      zero(done, rows, out);
       continue;
     }
-    zero(0, y0, out);
+    zero(done, y0, out);
     pack_pixels(m, group, c, (top + y0) * width, (top + y1) * width, slots + y0 * width, out,
                 c + 1 < m.channels && s.used[c + 1] ? m.plane(group, c + 1) : nullptr);
     zero(y1, rows, out);
