@@ -142,10 +142,10 @@ struct ConvGradient {
   const ConvSide& conv;
   T* dvalues;  // nnz
 
-  // Adds the share of one strip, for rows [r0, r1). copies: of dy; centre: of x, side.rows x
-  // centre_lanes; next: what to ask for meanwhile.
-  void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1,
-            ReadAhead next = {}) const {
+  // Adds the share of one strip, for rows [r0, r1), to `sums` (nnz). copies: of dy; centre: of x,
+  // side.rows x centre_lanes; next: what to ask for meanwhile.
+  void rows(int64_t strip, const T* copies, const T* centre, int64_t r0, int64_t r1, ReadAhead next,
+            T* sums) const {
     const Side& side = conv.side;
     for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
       constexpr int NV = decltype(n)::value;
@@ -153,81 +153,145 @@ struct ConvGradient {
         for (int64_t b = 0; b < side.blocks; b++)
           sddmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
               side.begin_of(b) + r0, side.begin_of(b + 1) + r0, r1 - r0, index, copies + lane,
-              centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, dvalues, next);
+              centre + r0 * conv.centre_lanes + lane, conv.centre_lanes, sums, next);
       });
     });
   }
 };
 
-// product may be null (dx not wanted). See backward() of the linear layer.
+// Both gradients from strips. Strips fall into pieces; a piece's sums of the gradient of the values
+// are made apart and added to the others in order: the same whoever does what.
+template <class S>
+struct ConvGradients {
+  typedef Sum<S> T;
+  const ConvProduct<S>* product;  // null: dx is not wanted
+  const ConvGradient<S>& gradient;
+  const Planes<S>&dy, &x;
+  const Parallel& parallel;
+  int workers;
+
+  const ConvSide& conv() const { return gradient.conv; }
+  int64_t strips() const { return conv().groups * conv().strips; }
+  int64_t pieces() const { return least(kMostGroups, strips()); }
+  int64_t first_strip(int64_t piece) const { return strips() * piece / pieces(); }
+  int64_t size() const { return copies_size<S>(conv()); }
+  int64_t centre_size() const { return conv().side.rows * conv().centre_lanes; }
+  int64_t chunk() const { return product ? product->chunk_size() : 0; }
+  void clear(T* dvalues) const { __builtin_memset(dvalues, 0, sizeof(T) * conv().side.nnz); }
+  void add(const T* dvalues) const {
+    for (int64_t k = 0; k < conv().side.nnz; k++) gradient.dvalues[k] += dvalues[k];
+  }
+
+  // A worker has a piece to itself.
+  void by_pieces() const {
+    const int64_t lanes = conv().strip_lanes;
+    Scratch<T> copies(size() * workers), centres(centre_size() * workers);
+    Scratch<T> chunks(chunk() * workers), sums(pieces() > 1 ? conv().side.nnz * workers : 0);
+    Scratch<Run> runs(product ? lanes * workers : 0);
+    OneByOne order(1);
+    share(parallel, workers, pieces(), [&](int worker, int64_t i) {
+      T* own = copies.get() + worker * size();
+      T* centre = centres.get() + worker * centre_size();
+      T* dvalues = i ? sums.get() + worker * conv().side.nnz : gradient.dvalues;
+      clear(dvalues);
+      for (int64_t at = first_strip(i); at < first_strip(i + 1); at++) {
+        fill_dy(at, 0, conv().source_channels, own);
+        fill_x(at, 0, conv().result_channels, centre);
+        if (product)
+          take_dx(at, own, at + 1, chunks.get() + worker * chunk(), runs.get() + worker * lanes);
+        take_dvalues(at, own, centre, 0, conv().side.rows, at + 1, dvalues);
+      }
+      order.wait(0, i);
+      if (i) add(dvalues);
+      order.done(0, i);
+    });
+  }
+
+  // Workers share the strips of one piece, then of the next.
+  void by_strips() const {
+    const int64_t together = 2 * workers;
+    Scratch<T> copies(size() * together), centres(centre_size() * together);
+    Scratch<T> chunks(chunk() * workers), sums(pieces() > 1 ? conv().side.nnz : 0);
+    Scratch<Run> runs(product ? conv().strip_lanes * workers : 0);
+    for (int64_t i = 0; i < pieces(); i++) {
+      T* dvalues = i ? sums.get() : gradient.dvalues;
+      clear(dvalues);
+      for (int64_t at = first_strip(i); at < first_strip(i + 1); at += together)
+        some_strips(at, least(first_strip(i + 1) - at, together), copies.get(), centres.get(),
+                    chunks.get(), runs.get(), dvalues);
+      if (i) add(dvalues);
+    }
+  }
+
+ private:
+  void fill_dy(int64_t at, int64_t c0, int64_t c1, T* to) const {
+    fill_copies(conv(), dy, at / conv().strips, at % conv().strips, c0, c1, to);
+  }
+  void fill_x(int64_t at, int64_t c0, int64_t c1, T* to) const {
+    const ConvSide& s = conv();
+    const int64_t strip = at % s.strips, begin = s.strip_begin(strip), end = s.strip_end(strip);
+    const int64_t phases = static_cast<int64_t>(s.phases.size());
+    auto wanted = [&](int64_t c) { return any_nonzeros(s.side, c * phases, (c + 1) * phases); };
+    if (s.flat && x.step[0] == 1 && x.step[1] == 1)
+      return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes, wanted);
+    for (int64_t c = c0; c < c1; c++) {
+      if (!wanted(c)) continue;
+      if (c + 1 < s.result_channels && wanted(c + 1))
+        prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
+      for (int64_t f = 0; f < phases; f++)
+        fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,
+                   to + (c * phases + f) * s.centre_lanes);
+    }
+  }
+  // next: the strip to ask for meanwhile
+  void take_dx(int64_t at, const T* copies, int64_t next, T* chunk, Run* runs) const {
+    const ConvSide& s = conv();
+    product->rows(at / s.strips, at % s.strips, copies, 0, s.side.rows, chunk, runs,
+                  ReadAhead(strip_of(s, x, next), visits(s, s.side.rows)));
+  }
+  void take_dvalues(int64_t at, const T* copies, const T* centre, int64_t r0, int64_t r1,
+                    int64_t next, T* dvalues) const {
+    const ConvSide& s = conv();
+    const ReadAhead ahead(r0 ? Stretches{} : strip_of(s, dy, next), visits(s, r1));
+    gradient.rows(at % s.strips, copies, centre, r0, r1, ahead, dvalues);
+  }
+  void some_strips(int64_t first, int64_t n, T* copies, T* centres, T* chunks, Run* runs,
+                   T* dvalues) const {
+    const ConvSide& s = conv();
+    const int64_t channels = 16, dy_parts = ceil_div(s.source_channels, channels);
+    const int64_t x_parts = ceil_div(s.result_channels, channels), step = row_step(s, 1, workers);
+    share(parallel, workers, n * (dy_parts + x_parts), [&](int, int64_t i) {
+      const bool of_dy = i < n * dy_parts;
+      if (!of_dy) i -= n * dy_parts;
+      const int64_t parts = of_dy ? dy_parts : x_parts, t = i / parts, c = i % parts * channels;
+      if (of_dy)
+        return fill_dy(first + t, c, least(c + channels, s.source_channels), copies + t * size());
+      fill_x(first + t, c, least(c + channels, s.result_channels), centres + t * centre_size());
+    });
+    const int64_t dx_items = product ? n : 0;
+    share(parallel, workers, dx_items + ceil_div(s.side.rows, step), [&](int worker, int64_t i) {
+      if (i < dx_items)
+        return take_dx(first + i, copies + i * size(), first + i + n, chunks + worker * chunk(),
+                       runs + worker * s.strip_lanes);
+      const int64_t r0 = (i - dx_items) * step, r1 = least(r0 + step, s.side.rows);
+      for (int64_t t = 0; t < n; t++)
+        take_dvalues(first + t, copies + t * size(), centres + t * centre_size(), r0, r1,
+                     first + t + n, dvalues);
+    });
+  }
+};
+
+// product may be null (dx not wanted).
 template <class S>
 void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradient,
                     const Planes<S>& dy, const Planes<S>& x, const Parallel& parallel) {
-  typedef Sum<S> T;
   const ConvSide& s = gradient.conv;
-  const int64_t strips = s.groups * s.strips, rows = s.side.rows;
-  __builtin_memset(gradient.dvalues, 0, sizeof(T) * s.side.nnz);
-  if (!strips || !rows) return;
-  const int workers = worth_waking(parallel, (s.side.nnz + rows) * s.lanes * s.groups);
-  const int64_t together = workers == 1 ? 1 : least(strips, 2 * workers);
-  const int64_t size = copies_size<S>(s), centre_size = rows * s.centre_lanes;
-  const int64_t chunk = product ? product->chunk_size() : 0;
-  Scratch<T> copies(size * together), centres(centre_size * together), chunks(chunk * workers);
-  Scratch<Run> runs(product ? s.strip_lanes * workers : 0);
-  const int64_t channels = 16, dy_parts = ceil_div(s.source_channels, channels);
-  const int64_t x_parts = ceil_div(s.result_channels, channels);
-  const int64_t step = workers == 1 ? rows : row_step(s, 1, workers);
-  const int64_t row_items = ceil_div(rows, step);
-
-  for (int64_t first = 0; first < strips; first += together) {
-    const int64_t n = least(strips - first, together);
-    auto fill_dy = [&](int64_t i) {
-      const int64_t t = i / dy_parts, c = i % dy_parts * channels, at = first + t;
-      fill_copies(s, dy, at / s.strips, at % s.strips, c, least(c + channels, s.source_channels),
-                  copies.get() + t * size);
-    };
-    auto fill_x = [&](int64_t i) {
-      const int64_t t = i / x_parts, at = first + t, strip = at % s.strips;
-      const int64_t begin = s.strip_begin(strip), end = s.strip_end(strip);
-      const int64_t phases = static_cast<int64_t>(s.phases.size());
-      const int64_t c0 = i % x_parts * channels, c1 = least(c0 + channels, s.result_channels);
-      Sum<S>* to = centres.get() + t * centre_size;
-      auto wanted = [&](int64_t c) { return any_nonzeros(s.side, c * phases, (c + 1) * phases); };
-      if (s.flat && x.step[0] == 1 && x.step[1] == 1)
-        return fill_runs(s, x, c0, c1, begin, end, to, s.centre_lanes, wanted);
-      for (int64_t c = c0; c < c1; c++) {
-        if (!wanted(c)) continue;
-        if (c + 1 < s.result_channels && wanted(c + 1))
-          prefetch_lanes(s, x, c + 1, at / s.strips, begin, end);
-        for (int64_t f = 0; f < phases; f++)
-          fill_lanes(s, x, c, s.phases[f].phase, 0, at / s.strips, begin, end,
-                     to + (c * phases + f) * s.centre_lanes);
-      }
-    };
-    auto take_dx = [&](int worker, int64_t t) {
-      const int64_t at = first + t;
-      const ReadAhead next(strip_of(s, x, at + together), visits(s, rows));
-      product->rows(at / s.strips, at % s.strips, copies.get() + t * size, 0, rows,
-                    chunks.get() + worker * chunk, runs.get() + worker * s.strip_lanes, next);
-    };
-    auto take_dvalues = [&](int64_t i) {
-      for (int64_t t = 0; t < n; t++) {
-        const int64_t end = least((i + 1) * step, rows), at = first + t;
-        const ReadAhead next(i ? Stretches{} : strip_of(s, dy, at + together), visits(s, end));
-        gradient.rows(at % s.strips, copies.get() + t * size, centres.get() + t * centre_size,
-                      i * step, end, next);
-      }
-    };
-    share(parallel, workers, n * (dy_parts + x_parts), [&](int, int64_t i) {
-      if (i < n * dy_parts) return fill_dy(i);
-      fill_x(i - n * dy_parts);
-    });
-    const int64_t dx_items = product ? n : 0;
-    share(parallel, workers, dx_items + row_items, [&](int worker, int64_t i) {
-      if (i < dx_items) return take_dx(worker, i);
-      take_dvalues(i - dx_items);
-    });
-  }
+  const int workers = worth_waking(parallel, (s.side.nnz + s.side.rows) * s.lanes * s.groups);
+  const ConvGradients<S> gradients{product, gradient, dy, x, parallel, workers};
+  if (!gradients.strips() || !s.side.rows) return gradients.clear(gradient.dvalues);
+  if (workers == 1 || gradients.pieces() % workers == 0 || gradients.pieces() >= 4 * workers)
+    return gradients.by_pieces();
+  gradients.by_strips();
 }
 
 // f(place in the transposed order, place in the pattern's order) for every nonzero.
