@@ -184,13 +184,14 @@ double Plan::density() const {
 }
 
 const Side& Plan::forward(const TileRule& rule) const {
-  std::call_once(forward_once_, [&] { build_forward(rule); });
-  return forward_;
+  Built& built = forward_[sizes_place(rule)];
+  std::call_once(built.once, [&] { build_forward(rule, &built); });
+  return built.side;
 }
 
-void Plan::build_forward(const TileRule& rule) const {
+void Plan::build_forward(const TileRule& rule, Built* built) const {
   const Pattern& p = pattern_;
-  Side& side = forward_;
+  Side& side = built->side;
   side.rows = p.rows;
   side.cols = p.cols;
   side.nnz = p.nnz;
@@ -202,22 +203,23 @@ void Plan::build_forward(const TileRule& rule) const {
 }
 
 const Side& Plan::transposed(const TileRule& rule) const {
-  std::call_once(transposed_once_, [&] { build_transposed(rule); });
-  return transposed_;
+  Built& built = transposed_[sizes_place(rule)];
+  std::call_once(built.once, [&] { build_transposed(rule, &built); });
+  return built.side;
 }
 
-void Plan::build_transposed(const TileRule& rule) const {
+void Plan::build_transposed(const TileRule& rule, Built* built) const {
   const Pattern& p = pattern_;
-  Side& side = transposed_;
-  trow_begin_.reset(new int32_t[p.cols + 1]);
+  Side& side = built->side;
+  built->row_begin.reset(new int32_t[p.cols + 1]);
   side.rows = p.cols;
   side.cols = p.rows;
   side.nnz = p.nnz;
-  side.row_begin = trow_begin_.get();
+  side.row_begin = built->row_begin.get();
   const bool places = p.rows <= kShort && p.cols <= kShort;
   std::unique_ptr<int32_t[]> by_row(new int32_t[p.nnz]);
   std::unique_ptr<uint16_t[]> place(places ? new uint16_t[p.nnz] : nullptr);
-  transpose_into(p, trow_begin_.get(), by_row.get(), nullptr, place.get());
+  transpose_into(p, built->row_begin.get(), by_row.get(), nullptr, place.get());
   choose_blocks(&side, rule);
   sort_cells(&side, by_row.get());
   number_columns(&side, by_row.get());

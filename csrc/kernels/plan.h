@@ -94,7 +94,7 @@ class Plan {
   // rows x ceil(cols / 8): bit c % 8 of byte c / 8 says whether a row has a nonzero in column c.
   // Built by the first call, from any thread.
   const uint8_t* bits() const;
-  // Built by the first call, from any thread, with its rule; later ones get the same.
+  // Built by the first call with vectors of this size, from any thread; later ones get the same.
   const Side& forward(const TileRule& rule) const;
   const Side& transposed(const TileRule& rule) const;
   double density() const;
@@ -110,18 +110,20 @@ class Plan {
 
  private:
   void build_bits() const;
-  void build_forward(const TileRule& rule) const;
-  void build_transposed(const TileRule& rule) const;
+  struct Built {
+    std::once_flag once;
+    Side side;
+    std::unique_ptr<int32_t[]> row_begin;  // transposed
+  };
+  static int sizes_place(const TileRule& rule) { return static_cast<int>(rule.vector_bytes / 32); }
+  void build_forward(const TileRule& rule, Built* built) const;
+  void build_transposed(const TileRule& rule, Built* built) const;
 
   Pattern pattern_;
-  mutable std::once_flag forward_once_;
-  mutable Side forward_;
+  mutable Built forward_[3], transposed_[3];  // vectors of 16, 32 and 64 bytes
   mutable ConvSlot conv_slots_[2];
-  mutable std::once_flag transposed_once_;
-  mutable Side transposed_;
   mutable std::once_flag bits_once_;
   mutable std::unique_ptr<uint8_t[]> bits_;
-  mutable std::unique_ptr<int32_t[]> trow_begin_;
   mutable std::atomic<size_t> side_bytes_{0};  // each side adds its own once it is built
 };
 
