@@ -106,7 +106,7 @@ void conv_product(const ConvProduct<S>& product, const Planes<S>& source,
   Scratch<T> chunks(chunk * workers);
   Scratch<Run> runs(s.strip_lanes * workers);
 
-  if (workers == 1 || strips >= 4 * workers || strips % workers == 0) {
+  if (shared_evenly(strips, workers)) {
     Scratch<T> copies(size * workers);
     share(parallel, workers, strips, [&](int worker, int64_t i) {
       T* own = copies.get() + worker * size;
@@ -183,23 +183,21 @@ struct ConvGradients {
   int64_t size() const { return copies_size<S>(conv()); }
   int64_t centre_size() const { return conv().side.rows * conv().centre_lanes; }
   int64_t chunk() const { return product ? product->chunk_size() : 0; }
-  void clear(T* dvalues) const { __builtin_memset(dvalues, 0, sizeof(T) * conv().side.nnz); }
-  void add(const T* dvalues) const {
-    for (int64_t k = 0; k < conv().side.nnz; k++) gradient.dvalues[k] += dvalues[k];
+
+  template <class F>
+  void sum_pieces(int makers, const F& piece) const {
+    sparsetrain::sum_pieces(parallel, makers, pieces(), conv().side.nnz, gradient.dvalues, piece);
   }
 
   // A worker has a piece to itself.
   void by_pieces() const {
     const int64_t lanes = conv().strip_lanes;
     Scratch<T> copies(size() * workers), centres(centre_size() * workers);
-    Scratch<T> chunks(chunk() * workers), sums(pieces() > 1 ? conv().side.nnz * workers : 0);
+    Scratch<T> chunks(chunk() * workers);
     Scratch<Run> runs(product ? lanes * workers : 0);
-    OneByOne order(1);
-    share(parallel, workers, pieces(), [&](int worker, int64_t i) {
+    sum_pieces(workers, [&](int worker, int64_t i, T* dvalues) {
       T* own = copies.get() + worker * size();
       T* centre = centres.get() + worker * centre_size();
-      T* dvalues = i ? sums.get() + worker * conv().side.nnz : gradient.dvalues;
-      clear(dvalues);
       for (int64_t at = first_strip(i); at < first_strip(i + 1); at++) {
         fill_dy(at, 0, conv().source_channels, own);
         fill_x(at, 0, conv().result_channels, centre);
@@ -207,9 +205,6 @@ struct ConvGradients {
           take_dx(at, own, at + 1, chunks.get() + worker * chunk(), runs.get() + worker * lanes);
         take_dvalues(at, own, centre, 0, conv().side.rows, at + 1, dvalues);
       }
-      order.wait(0, i);
-      if (i) add(dvalues);
-      order.done(0, i);
     });
   }
 
@@ -217,16 +212,13 @@ struct ConvGradients {
   void by_strips() const {
     const int64_t together = 2 * workers;
     Scratch<T> copies(size() * together), centres(centre_size() * together);
-    Scratch<T> chunks(chunk() * workers), sums(pieces() > 1 ? conv().side.nnz : 0);
+    Scratch<T> chunks(chunk() * workers);
     Scratch<Run> runs(product ? conv().strip_lanes * workers : 0);
-    for (int64_t i = 0; i < pieces(); i++) {
-      T* dvalues = i ? sums.get() : gradient.dvalues;
-      clear(dvalues);
+    sum_pieces(1, [&](int, int64_t i, T* dvalues) {
       for (int64_t at = first_strip(i); at < first_strip(i + 1); at += together)
         some_strips(at, least(first_strip(i + 1) - at, together), copies.get(), centres.get(),
                     chunks.get(), runs.get(), dvalues);
-      if (i) add(dvalues);
-    }
+    });
   }
 
  private:
@@ -294,9 +286,11 @@ void conv_gradients(const ConvProduct<S>* product, const ConvGradient<S>& gradie
   const ConvSide& s = gradient.conv;
   const int workers = worth_waking(parallel, (s.side.nnz + s.side.rows) * s.lanes * s.groups);
   const ConvGradients<S> gradients{product, gradient, dy, x, parallel, workers};
-  if (!gradients.strips() || !s.side.rows) return gradients.clear(gradient.dvalues);
-  if (workers == 1 || gradients.pieces() % workers == 0 || gradients.pieces() >= 4 * workers)
-    return gradients.by_pieces();
+  if (!gradients.strips() || !s.side.rows) {
+    __builtin_memset(gradient.dvalues, 0, sizeof(*gradient.dvalues) * s.side.nnz);
+    return;
+  }
+  if (shared_evenly(gradients.pieces(), workers)) return gradients.by_pieces();
   gradients.by_strips();
 }
 

@@ -39,22 +39,18 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
     }
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, values, begin[ahead], end[ahead]);
-    int32_t k = begin[r];
-    const int32_t stop = end[r];
     auto add = [&](Vec<T>(*into)[NV], int64_t at, Vec<T> value) __attribute__((always_inline)) {
       const T* p = x + at * w;
       ST_UNROLL
       for (int h = 0; h < RH; h++) ST_UNROLL
       for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + h * x_pitch + v * w);
     };
-    for (; k + 4 <= stop; k += 4) {
-      FourIndices<I> at(index + k);
-      const Four<T> value(values + k);
-      add(sum[0], at.template get<0>(), value.template spread<0>());
-      add(sum[1 % chains], at.template get<1>(), value.template spread<1>());
-      add(sum[2 % chains], at.template get<2>(), value.template spread<2>());
-      add(sum[3 % chains], at.template get<3>(), value.template spread<3>());
-    }
+    auto add_one = [&](auto j, int64_t at, Vec<T> value) __attribute__((always_inline)) {
+      add(sum[decltype(j)::value % chains], at, value);
+    };
+    const int32_t stop = end[r];
+    int64_t k = begin[r];
+    k += for_fours<T>(index + k, values + k, stop - k, add_one);
     for (; k < stop; k++) add(sum[0], index[k], broadcast<T>(values[k]));
     ST_UNROLL
     for (int c = 1; c < chains; c++) ST_UNROLL
@@ -243,7 +239,7 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
 
   // Each worker takes some strips of one group in a row: each shares rows with the one before.
   const int64_t runs = strip_runs(s, source.groups(), workers), items = source.groups() * runs;
-  if (workers == 1 || items >= 4 * workers || items % workers == 0) {
+  if (shared_evenly(items, workers)) {
     const int64_t chunk = product.chunk_size(rows);
     Scratch<T> copies(size * workers), chunks(chunk * workers);
     Scratch<bool> filled(workers);
@@ -252,9 +248,7 @@ void sample_product(const SampleProduct<S>& product, const Samples<const S>& sou
       T* own = copies.get() + worker * size;
       const int64_t group = i / runs, first = s.strips * (i % runs) / runs;
       for (int64_t t = first; t < s.strips * (i % runs + 1) / runs; t++) {
-        const Held held = t > first              ? Held::one_before
-                          : filled.get()[worker] ? Held::another
-                                                 : Held::nothing;
+        const Held held = held_by(t > first, filled.get()[worker]);
         fill_samples<S>(s, tables, source, group, t, 0, s.source_channels, held, own);
         filled.get()[worker] = true;
         product.rows(group, t, own, 0, rows, chunks.get() + worker * chunk);
@@ -304,9 +298,9 @@ struct SampleGradient {
     const int64_t from = y.from * conv.grid[1], to = y.to * conv.grid[1];
     for (int64_t c = c0; c < c1; c++) {
       if (!any_nonzeros(conv.side, c, c + 1)) continue;
-      if (c + 1 < dy.channels && any_nonzeros(conv.side, c + 1, c + 2))
-        prefetch_pixels(dy, group, c + 1, from, to);
-      pack_pixels(dy, group, c, from, to, nullptr, packed + c * row_size());
+      const bool more = c + 1 < dy.channels && any_nonzeros(conv.side, c + 1, c + 2);
+      pack_pixels(dy, group, c, from, to, nullptr, packed + c * row_size(),
+                  more ? dy.plane(group, c + 1) : nullptr);
     }
   }
   DyRows<T> packed_rows(const T* packed) const {
@@ -390,36 +384,27 @@ struct SampleGradients {
         product ? gradient.shared_rows(product->conv, dy_copies) : gradient.packed_rows(dy_copies),
         r0, r1, dvalues);
   }
-  void clear(T* dvalues) const { __builtin_memset(dvalues, 0, sizeof(T) * conv().side.nnz); }
-  void add(const T* dvalues) const {
-    for (int64_t k = 0; k < conv().side.nnz; k++) gradient.dvalues[k] += dvalues[k];
+  template <class F>
+  void sum_groups(int makers, const F& group) const {
+    sum_pieces(parallel, makers, x.groups(), conv().side.nnz, gradient.dvalues, group);
   }
 
   // A worker has a group to itself.
   void by_groups() const {
     Scratch<T> copies(size() * workers), dy_copies(dy_size() * workers), chunks(chunk() * workers);
-    Scratch<T> sums(x.groups() > 1 ? conv().side.nnz * workers : 0);
     Scratch<bool> filled(workers);
     for (int i = 0; i < workers; i++) filled.get()[i] = false;
-    OneByOne order(1);
-    share(parallel, workers, x.groups(), [&](int worker, int64_t g) {
+    sum_groups(workers, [&](int worker, int64_t g, T* dvalues) {
       T* own = copies.get() + worker * size();
       T* own_dy = dy_copies.get() + worker * dy_size();
-      T* dvalues = g ? sums.get() + worker * conv().side.nnz : gradient.dvalues;
-      clear(dvalues);
       for (int64_t t = 0; t < conv().strips; t++) {
-        const Held held = t                      ? Held::one_before
-                          : filled.get()[worker] ? Held::another
-                                                 : Held::nothing;
+        const Held held = held_by(t > 0, filled.get()[worker]);
         fill_dy(g, t, 0, rows(), held, own_dy);
         if (product) product->rows(g, t, own_dy, 0, dx_rows(), chunks.get() + worker * chunk());
         fill_x(g, t, 0, conv().source_channels, held, own);
         take_dvalues(t, own, own_dy, 0, rows(), dvalues);
         filled.get()[worker] = true;
       }
-      order.wait(0, g);
-      if (g) add(dvalues);
-      order.done(0, g);
     });
   }
 
@@ -427,15 +412,12 @@ struct SampleGradients {
   void by_strips() const {
     const int64_t together = least(conv().strips, 2 * workers);
     Scratch<T> copies(size() * together), dy_copies(dy_size() * together);
-    Scratch<T> chunks(chunk() * workers), sums(x.groups() > 1 ? conv().side.nnz : 0);
-    for (int64_t g = 0; g < x.groups(); g++) {
-      T* dvalues = g ? sums.get() : gradient.dvalues;
-      clear(dvalues);
+    Scratch<T> chunks(chunk() * workers);
+    sum_groups(1, [&](int, int64_t g, T* dvalues) {
       for (int64_t first = 0; first < conv().strips; first += together)
         strips(g, first, least(conv().strips - first, together), g || first, copies.get(),
                dy_copies.get(), chunks.get(), dvalues);
-      if (g) add(dvalues);
-    }
+    });
   }
 
  private:
@@ -482,8 +464,7 @@ void sample_gradients(const SampleProduct<S>* product, const SampleGradient<S>& 
       worth_waking(parallel, (s.side.nnz + s.side.rows) * s.grid[0] * s.grid[1] * x.batch);
   const SampleTables tables(s, kLanes<Sum<S>>);
   const SampleGradients<S> gradients{product, gradient, x, dy, parallel, workers, tables};
-  if (workers == 1 || x.groups() % workers == 0 || x.groups() >= 4 * workers)
-    return gradients.by_groups();
+  if (shared_evenly(x.groups(), workers)) return gradients.by_groups();
   gradients.by_strips();
 }
 

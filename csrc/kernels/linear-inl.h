@@ -258,7 +258,7 @@ void spmm(const Product<S>& product, const Matrix& x, const Parallel& parallel) 
   auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
   auto chunk = [&](int worker) { return chunks.get() + worker * chunk_size; };
 
-  if (workers == 1 || tiling.count >= 4 * workers || tiling.count % workers == 0) {
+  if (shared_evenly(tiling.count, workers)) {
     share(parallel, workers, tiling.count,
           [&](int worker, int64_t t) { product.all(t, x, tile(worker), chunk(worker)); });
     return;

@@ -58,6 +58,11 @@ void share(const Parallel& parallel, int workers, int64_t items, const Body& bod
       &context);
 }
 
+// Whether no worker waits long for the others, if each item is one's own.
+ST_INLINE bool shared_evenly(int64_t items, int workers) {
+  return workers == 1 || items >= 4 * workers || items % workers == 0;
+}
+
 // Lets the items of each of `parts` lines pass in order: wait(p, i) returns once done(p, i - 1) was
 // called. Items must be started in order, as `share` does; so the one waited for is under way.
 class OneByOne {
@@ -74,6 +79,23 @@ class OneByOne {
  private:
   Scratch<int64_t> next_;
 };
+
+// total (count) = the sums of all pieces. body(worker, piece, sums) adds one piece's to `sums`,
+// which are zero. Pieces are added in order, whoever makes them: the result is the same.
+template <class T, class Body>
+void sum_pieces(const Parallel& parallel, int workers, int64_t pieces, int64_t count, T* total,
+                const Body& body) {
+  Scratch<T> apart(pieces > 1 ? count * workers : 0);
+  OneByOne order(1);
+  share(parallel, workers, pieces, [&](int worker, int64_t i) {
+    T* sums = i ? apart.get() + worker * count : total;
+    __builtin_memset(sums, 0, sizeof(T) * count);
+    body(worker, i, sums);
+    order.wait(0, i);
+    for (int64_t k = 0; i && k < count; k++) total[k] += sums[k];
+    order.done(0, i);
+  });
+}
 
 // Threads worth waking: a region costs about 2 us, the time of some 50,000 products.
 ST_INLINE int worth_waking(const Parallel& parallel, int64_t products) {

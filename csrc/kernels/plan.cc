@@ -39,7 +39,7 @@ void choose_blocks(Side* side, const TileRule& rule) {
 // in L1 and more workers can share out the rows.
 int64_t unit_rows(int64_t rows) { return rows >= 2048 ? kMostUnit : rows >= 512 ? 128 : 64; }
 
-// begin: blocks x rows + 1 for each block, where each cell begins in CSR order
+// (blocks + 1) x rows: where each cell begins in CSR order, and where the last one ends
 std::vector<int32_t> find_cells(const Side& side, const int32_t* col) {
   std::vector<int32_t> begin((side.blocks + 1) * side.rows);
   for (int64_t r = 0; r < side.rows; r++) {

@@ -1,7 +1,7 @@
 // A pattern in the form the kernels read: the pattern as given and its transpose, each cut into
-// column blocks. No permutation of the values is kept: values_to_transposed finds their places by
-// counting, as fast as a gather would, and 4 bytes per nonzero are saved. Everything here is
-// derived from the pattern alone, in O(nnz), and can be rebuilt.
+// column blocks. No permutation of the values is kept: place16, half as large, tells where a value
+// is in its row. Everything here is derived from the pattern alone, in about O(nnz), and can be
+// rebuilt.
 #pragma once
 
 #include <atomic>

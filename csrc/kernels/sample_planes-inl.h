@@ -37,7 +37,8 @@ ST_INLINE void for_pixels(int64_t from, int64_t to, const F& f) {
 }
 
 // Pixels [from, to) of one plane of a group: vector (pixel - from) goes to slots[pixel - from], or
-// nowhere if that is negative; without slots, to its own place. Missing samples become zero.
+// nowhere if that is negative; without slots, to its own place. Missing samples become zero. next:
+// the plane that will be packed after this one, asked for meanwhile, or null.
 template <class S>
 void pack_pixels(const Samples<const S>& m, int64_t group, int64_t channel, int64_t from,
                  int64_t to, const int32_t* slots, Sum<S>* out, const S* next = nullptr) {
@@ -73,16 +74,6 @@ void pack_pixels(const Samples<const S>& m, int64_t group, int64_t channel, int6
         if (slots[p - from + i] >= 0) store<T>(out + slots[p - from + i] * w, r[i]);
     }
   });
-}
-
-// Asks for what pack_pixels will read.
-template <class S>
-ST_INLINE void prefetch_pixels(const Samples<const S>& m, int64_t group, int64_t channel,
-                               int64_t from, int64_t to) {
-  constexpr int64_t line = 64 / sizeof(S);
-  const S* plane = m.plane(group, channel);
-  for (int i = 0; i < m.count(group); i++, plane += m.stride())
-    for (int64_t p = from; p < to; p += line) __builtin_prefetch(plane + p);
 }
 
 // The way back: pixel p of the plane from vector places[p - from] of `rows`, zero where that is
@@ -167,6 +158,10 @@ int64_t sample_copies_size(const ConvSide& s) {
 
 // What a buffer for the copies of a strip holds.
 enum class Held { nothing, another, one_before };  // one_before: of this side and group
+
+ST_INLINE Held held_by(bool follows, bool filled) {
+  return follows ? Held::one_before : filled ? Held::another : Held::nothing;
+}
 
 // The rows that the strip before shares with this one, from the end of each plane to its beginning.
 template <class T>

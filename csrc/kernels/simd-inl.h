@@ -113,6 +113,22 @@ struct FourIndices {
   uint64_t words[sizeof(I) / 2];
 };
 
+// f(J, index, value in all lanes) for the nonzeros, four at a time, J = 0 .. 3 being a constant.
+// Returns how many are done.
+template <class T, class I, class F>
+ST_INLINE int64_t for_fours(const I* index, const T* values, int64_t count, const F& f) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    FourIndices<I> at(index + k);
+    const Four<T> value(values + k);
+    f(std::integral_constant<int, 0>{}, at.template get<0>(), value.template spread<0>());
+    f(std::integral_constant<int, 1>{}, at.template get<1>(), value.template spread<1>());
+    f(std::integral_constant<int, 2>{}, at.template get<2>(), value.template spread<2>());
+    f(std::integral_constant<int, 3>{}, at.template get<3>(), value.template spread<3>());
+  }
+  return k;
+}
+
 template <class T>
 ST_INLINE const T* offset(const T* p, int64_t bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);

@@ -40,15 +40,10 @@ ST_INLINE void spmm_cell(const I* __restrict index, const T* __restrict values, 
     ST_UNROLL
     for (int v = 0; v < NV; v++) into[v] += value * load<T>(p + v * w);
   };
-  int64_t k = 0;
-  for (; k + 4 <= count; k += 4) {
-    FourIndices<I> at(index + k);
-    const Four<T> value(values + k);
-    add(sum[0], at.template get<0>(), value.template spread<0>());
-    add(sum[1 % chains], at.template get<1>(), value.template spread<1>());
-    add(sum[2 % chains], at.template get<2>(), value.template spread<2>());
-    add(sum[3 % chains], at.template get<3>(), value.template spread<3>());
-  }
+  auto add_one = [&](auto j, int64_t at, Vec<T> value) __attribute__((always_inline)) {
+    add(sum[decltype(j)::value % chains], at, value);
+  };
+  int64_t k = for_fours<T>(index, values, count, add_one);
   for (; chains < 4 && k + chains <= count; k += chains) {
     ST_UNROLL
     for (int h = 0; h < chains; h++) add(sum[h], index[k + h], broadcast<T>(values[k + h]));
