@@ -195,6 +195,22 @@ struct Builder {
     return (products + copying + fetched) * (1 + 0.2 * std::max(0.0, beyond));
   }
 
+  // Rows of a strip come in multiples of this: whole tiles, and bands of results that are whole
+  // cache lines of each plane, which can go past the caches. The same for both directions, so that
+  // they can share strips.
+  int64_t unit_rows() const {
+    const ConvShape& c = shape;
+    return std::max(rows_in_whole_lines(c.out_size, 1),
+                    rows_in_whole_lines(c.in_size, c.stride[0]));
+  }
+  // For results of this size, `step` rows of which are one of the grid.
+  int64_t rows_in_whole_lines(const int64_t size[2], int64_t step) const {
+    constexpr int64_t kLine = 64;
+    if (size[0] * size[1] * v.lane_bytes % kLine) return kTileRows;
+    for (int64_t rows = kTileRows; rows <= 2 * kTileRows; rows += kTileRows)
+      if (rows * step * size[1] * v.lane_bytes % kLine == 0) return rows;
+    return kTileRows;
+  }
   // As many rows in a strip as stay near enough.
   void sample_lanes() {
     const int64_t vector = v.lanes * v.lane_bytes;
@@ -202,16 +218,16 @@ struct Builder {
     const int64_t row = s->pitch * copies();
     const int64_t times = shape.stride[0] * shape.stride[1] > 1 ? kPhasesStrip : kSampleStrip;
     const int64_t fit = std::min(times * cache_bytes(2) / vector, kShortIndex) / row - s->span;
-    const int64_t rows =
-        std::min(std::max<int64_t>(fit / kTileRows * kTileRows, kTileRows), s->grid[0]);
+    const int64_t unit = unit_rows();
+    const int64_t near = (fit + unit / 2 - 1) / unit * unit;  // 2: below it; 4: the nearest
+    const int64_t rows = std::min(std::max(near, unit), s->grid[0]);
     s->strips = div_up(s->grid[0], rows);
-    s->strip_rows = std::min(round_up(div_up(s->grid[0], s->strips), kTileRows), s->grid[0]);
+    s->strip_rows = std::min(round_up(div_up(s->grid[0], s->strips), unit), s->grid[0]);
     s->strips = div_up(s->grid[0], s->strip_rows);
     s->copy_lanes = ((s->strip_rows + s->span) * s->pitch + spread_planes()) * v.lanes;
     const int64_t results = s->result_channels * static_cast<int64_t>(s->phases.size());
     const int64_t band = kBandBytes / (results * s->grid[1] * vector);
-    s->band_rows =
-        std::min(std::max<int64_t>(band / kTileRows * kTileRows, kTileRows), s->strip_rows);
+    s->band_rows = std::min(std::max<int64_t>(band / unit * unit, unit), s->strip_rows);
   }
   // Vectors to leave free after a plane, so that the tiles of the channels of a block spread evenly
   // over L1's sets (256 channels of 14 x 14 are 8 KiB apart without: 1.6 times slower).
@@ -317,11 +333,11 @@ struct Builder {
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
     const int64_t vectors = s->source_channels * kinds * s->copy_lanes / v.lanes;
     if (vectors <= kShortIndex) {
-      side.index16.reset(new uint16_t[side.nnz]);
+      side.index16.reset(new uint16_t[side.nnz + kIndicesAhead]());
       fill_index(side.index16.get());
       cut(side.index16.get());
     } else {
-      s->index32.reset(new int32_t[side.nnz]);
+      s->index32.reset(new int32_t[side.nnz + kIndicesAhead]());
       fill_index(s->index32.get());
       side.index32 = s->index32.get();
       cut(s->index32.get());
@@ -411,7 +427,7 @@ void ConvSide::fill_row_of_column(int64_t columns, int32_t* row_of_column) const
 size_t ConvSide::bytes() const {
   return sizeof(ConvSide) + side.bytes() + phase_of.size() * sizeof(int32_t) +
          (row_begin ? sizeof(int32_t) * (side.rows + 1) : 0) +
-         (index32 ? sizeof(int32_t) * side.nnz : 0) + source_channels;
+         (index32 ? sizeof(int32_t) * (side.nnz + kIndicesAhead) : 0) + source_channels;
 }
 
 static std::shared_ptr<const ConvSide> find_or_build(const Plan& plan, const ConvShape& shape,

@@ -22,6 +22,7 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
                  bool first) {
   constexpr int w = kLanes<T>;
   constexpr int chains = kChains<RH * NV>;
+  RowsOfIndices<I, 4> cells(begin, end, rows, index);
   for (int64_t r = 0; r < rows; r++, y += y_stride) {
     Vec<T> sum[chains][RH][NV];
     ST_UNROLL
@@ -42,16 +43,18 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
     auto add = [&](Vec<T>(*into)[NV], int64_t at, Vec<T> value) __attribute__((always_inline)) {
       const T* p = x + at * w;
       ST_UNROLL
-      for (int h = 0; h < RH; h++) ST_UNROLL
-      for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + h * x_pitch + v * w);
+      for (int h = 0; h < RH; h++, p += x_pitch) {
+        __asm__("" : "+r"(p));  // else as many offsets in registers as there are vectors
+        ST_UNROLL
+        for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + v * w);
+      }
     };
     auto add_one = [&](auto j, int64_t at, Vec<T> value) __attribute__((always_inline)) {
       add(sum[decltype(j)::value % chains], at, value);
     };
-    const int32_t stop = end[r];
-    int64_t k = begin[r];
-    k += for_fours<T>(index + k, values + k, stop - k, add_one);
-    for (; k < stop; k++) add(sum[0], index[k], broadcast<T>(values[k]));
+    int64_t at, stop;
+    const Indices<I, 4> four = cells.take(&at, &stop);
+    for_fours<T>(four, index + at, values + at, stop - at, add_one, add_one);
     ST_UNROLL
     for (int c = 1; c < chains; c++) ST_UNROLL
     for (int h = 0; h < RH; h++) ST_UNROLL
@@ -63,20 +66,22 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
 }
 
 // dvalues[0..count) += the products of a tile of dy and of what each of `count` <= G nonzeros reads
-// of x. Sums stay in registers for the whole tile, dy passes by. H x W pixels, or, if zero, height
-// x width.
+// of x; at: theirs come first. Sums stay in registers for the whole tile, dy passes by. H x W
+// pixels, or, if zero, height x width.
 template <class T, int G, int H, int W, class I>
-ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, const I* index, const T* x,
+ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, Indices<I, 8> at, const T* x,
                                   int64_t x_pitch, int64_t height, int64_t width, T* dvalues,
                                   int count) {
   constexpr int w = kLanes<T>;
   Vec<T> sum[G];
   const T* p[G];
-  ST_UNROLL
-  for (int g = 0; g < G; g++) {
-    sum[g] = Vec<T>{};
-    p[g] = x + static_cast<int64_t>(index[g < count ? g : 0]) * w;
-  }
+  auto begin = [&](auto g) __attribute__((always_inline)) {
+    constexpr int J = decltype(g)::value;
+    sum[J] = Vec<T>{};
+    const T* own = x + at.template get<J>() * w;
+    p[J] = J < count ? own : p[0];
+  };
+  for_constants(begin, std::make_integer_sequence<int, G>{});
   if constexpr (H > 0) {
     ST_UNROLL
     for (int h = 0; h < H; h++) {
@@ -110,20 +115,25 @@ void sddmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end
                   const I* __restrict index, const T* __restrict x, int64_t x_pitch,
                   const T* __restrict dy, int64_t dy_pitch, int64_t dy_stride, int64_t height,
                   int64_t width, T* __restrict dvalues) {
+  RowsOfIndices<I, 8> cells(begin, end, rows, index);
   for (int64_t r = 0; r < rows; r++, dy += dy_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
-    int32_t k = begin[r];
-    const int32_t stop = end[r];
+    int64_t k, stop;
+    Indices<I, 8> at = cells.take(&k, &stop);
     auto group = [&](auto n, int count) __attribute__((always_inline)) {
-      sddmm_pixels_group<T, decltype(n)::value, H, W>(dy, dy_pitch, index + k, x, x_pitch, height,
-                                                      width, dvalues + k, count);
-      k += count;
+      constexpr int G = decltype(n)::value;
+      Indices<I, 8> next(index + k + G);
+      next.keep();
+      sddmm_pixels_group<T, G, H, W>(dy, dy_pitch, at, x, x_pitch, height, width, dvalues + k,
+                                     count);
+      at = next;
+      k += G;
     };
     while (k + 8 <= stop) group(std::integral_constant<int, 8>{}, 8);
     // What is left: a group that is not full beats one or two smaller ones.
-    if (k + 4 < stop) group(std::integral_constant<int, 8>{}, stop - k);
-    if (k + 2 < stop) group(std::integral_constant<int, 4>{}, stop - k);
+    if (k + 4 < stop) group(std::integral_constant<int, 8>{}, static_cast<int>(stop - k));
+    if (k + 2 < stop) group(std::integral_constant<int, 4>{}, static_cast<int>(stop - k));
     if (k + 2 == stop) group(std::integral_constant<int, 2>{}, 2);
     if (k < stop) group(std::integral_constant<int, 1>{}, 1);
   }

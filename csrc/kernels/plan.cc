@@ -107,7 +107,7 @@ void lay_out(const Side& side, const I* by_row, O* out, const F& f) {
 }
 
 void number_columns(Side* side, const int32_t* by_row) {
-  side->index16.reset(new uint16_t[side->nnz]);
+  side->index16.reset(new uint16_t[side->nnz + kIndicesAhead]());
   uint16_t* index = side->index16.get();
   lay_out(*side, by_row, index, [&](int32_t column, int64_t b) {
     return static_cast<uint16_t>((column - side->first_column(b)) << side->column_shift);
@@ -148,7 +148,8 @@ size_t Side::bytes() const {
   const int64_t swept = blocks * sweeps.units, cells = swept ? blocks * rows + kSweepAhead : 0;
   return (cuts ? sizeof(int32_t) * (blocks - 1) * rows : 0) + sizeof(int32_t) * 2 * swept +
          (swept ? sizeof(CellRun) * sweeps.first_run[swept] : 0) +
-         (sweeps.from ? sizeof(int32_t) + 1 : 1) * cells + (index16 ? sizeof(uint16_t) * nnz : 0) +
+         (sweeps.from ? sizeof(int32_t) + 1 : 1) * cells +
+         (index16 ? sizeof(uint16_t) * (nnz + kIndicesAhead) : 0) +
          (place16 ? sizeof(uint16_t) * nnz : 0);
 }
 int64_t Side::first_column(int64_t b) const { return cols * b / blocks; }

@@ -40,6 +40,10 @@ constexpr int64_t kMostUnit = 256;  // rows of the largest unit: others divide i
 // Cells ahead of their use whose `from` a kernel may read.
 constexpr int64_t kSweepAhead = 8;
 
+// Entries that an array of indices has beyond its last, zeros: kernels take up to 8 at a time and
+// read 8 ahead.
+constexpr int64_t kIndicesAhead = 16;
+
 // One orientation of a pattern, cut into blocks of columns.
 //   linear layers: cells in the order of `sweeps`, one block after the other
 //   convolutions (conv_plan.h): cells in CSR order; `cuts` says where the later blocks' begin

@@ -8,53 +8,49 @@
 namespace sparsetrain {
 namespace {
 
-// G nonzeros of one row at once: G independent sums, folded together. dy stays in registers.
+// G nonzeros of one row at once, the next ones of `at`: G independent sums, folded together. dy
+// stays in registers.
 template <class T, int NV, int Unit, int G, class I>
-ST_INLINE void sddmm_group(const Vec<T>* dy, const I* index, const T* x, T* dvalues) {
+ST_INLINE void sddmm_group(const Vec<T>* dy, Indices<I, 8>& at, const T* x, T* dvalues) {
   constexpr int w = kLanes<T>;
   // Four sums do not cover the latency of an FMA: each is made of two. 1.03-1.05 times faster; with
   // eight, 0.97.
   constexpr int chains = NV > kNarrowTile && !kManyRegisters ? 2 : 1;
   Vec<T> sum[G];
-  auto product = [&](int64_t at) __attribute__((always_inline)) {
-    const T* p = offset(x, at * Unit);
+  auto product = [&](auto g) __attribute__((always_inline)) {
+    const T* p = offset(x, at.template get<decltype(g)::value>() * Unit);
     Vec<T> s[chains];
     ST_UNROLL
     for (int c = 0; c < chains; c++) s[c] = dy[c] * load<T>(p + c * w);
     ST_UNROLL
     for (int v = chains; v < NV; v++) s[v % chains] += dy[v] * load<T>(p + v * w);
-    return chains == 2 ? s[0] + s[chains - 1] : s[0];
+    sum[decltype(g)::value] = chains == 2 ? s[0] + s[chains - 1] : s[0];
   };
-  if constexpr (G % 4 == 0) {
-    ST_UNROLL
-    for (int g = 0; g < G; g += 4) {
-      FourIndices<I> at(index + g);
-      sum[g] = product(at.template get<0>());
-      sum[g + 1] = product(at.template get<1>());
-      sum[g + 2] = product(at.template get<2>());
-      sum[g + 3] = product(at.template get<3>());
-    }
-  } else {
-    ST_UNROLL
-    for (int g = 0; g < G; g++) sum[g] = product(index[g]);
-  }
+  for_constants(product, std::make_integer_sequence<int, G>{});
   add_sums<T, G>(sum, dvalues);
 }
 
-// One cell: dvalues[0 .. count) += its products.
+// One cell: dvalues[0 .. count) += its products. at: the first indices
 template <class T, int NV, int Unit, class I>
-ST_INLINE void sddmm_cell(const I* __restrict index, int64_t count, const T* __restrict x,
-                          const T* __restrict dy, T* __restrict dvalues) {
+ST_INLINE void sddmm_cell(Indices<I, 8> at, const I* __restrict index, int64_t count,
+                          const T* __restrict x, const T* __restrict dy, T* __restrict dvalues) {
   constexpr int w = kLanes<T>;
+  constexpr int most = NV <= kNarrowTile || kManyRegisters ? 8 : 4;
   Vec<T> d[NV];
   ST_UNROLL
   for (int v = 0; v < NV; v++) d[v] = load<T>(dy + v * w);
   int64_t k = 0;
-  if constexpr (NV <= kNarrowTile || kManyRegisters) {
-    for (; k + 8 <= count; k += 8) sddmm_group<T, NV, Unit, 8>(d, index + k, x, dvalues + k);
-  }
-  for (; k + 4 <= count; k += 4) sddmm_group<T, NV, Unit, 4>(d, index + k, x, dvalues + k);
-  for (; k < count; k++) sddmm_group<T, NV, Unit, 1>(d, index + k, x, dvalues + k);
+  auto group = [&](auto size) __attribute__((always_inline)) {
+    constexpr int G = decltype(size)::value;
+    Indices<I, 8> next(index + k + G);
+    next.keep();
+    sddmm_group<T, NV, Unit, G>(d, at, x, dvalues + k);
+    at = next;
+    k += G;
+  };
+  while (k + most <= count) group(std::integral_constant<int, most>{});
+  if (most == 8 && k + 4 <= count) group(std::integral_constant<int, 4>{});
+  while (k < count) group(std::integral_constant<int, 1>{});
 }
 
 // One column block for `rows` consecutive rows.
@@ -65,12 +61,14 @@ template <class T, int NV, int Unit, class I>
 void sddmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                  const I* __restrict index, const T* __restrict x, const T* __restrict dy,
                  int64_t dy_stride, T* __restrict dvalues, ReadAhead& next) {
+  RowsOfIndices<I, 8> cells(begin, end, rows, index);
   for (int64_t r = 0; r < rows; r++, dy += dy_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, dvalues, begin[ahead], end[ahead]);
     next.some_more();
-    if (begin[r] != end[r])
-      sddmm_cell<T, NV, Unit>(index + begin[r], end[r] - begin[r], x, dy, dvalues + begin[r]);
+    int64_t at, stop;
+    const Indices<I, 8> first = cells.take(&at, &stop);
+    if (at != stop) sddmm_cell<T, NV, Unit>(first, index + at, stop - at, x, dy, dvalues + at);
   }
 }
 
@@ -79,12 +77,12 @@ template <class T, int NV, int Unit, class I>
 void sddmm_sweep(const Sweep& sweep, const I* __restrict index, const T* __restrict x,
                  const T* __restrict dy, int64_t dy_stride, T* __restrict dvalues) {
   constexpr int bytes = NV * SPARSETRAIN_VECTOR_BYTES;
-  for_cells<T, bytes>(sweep, index, dvalues, dy, dy_stride,
-                      [&](int64_t r, const I* at, T* to, int64_t count)
-                          __attribute__((always_inline)) {
-                            if (count)
-                              sddmm_cell<T, NV, Unit>(at, count, x, dy + r * dy_stride, to);
-                          });
+  for_cells<T, bytes, 8>(sweep, index, dvalues, dy, dy_stride,
+                         [&](int64_t r, Indices<I, 8> first, const I* at, T* to,
+                             int64_t count) __attribute__((always_inline)) {
+                           if (count)
+                             sddmm_cell<T, NV, Unit>(first, at, count, x, dy + r * dy_stride, to);
+                         });
 }
 
 // dbias[r] += sum_s dy[r][s]

@@ -18,8 +18,9 @@ constexpr int kChains = NV >= 6   ? 1
 //   index, values: `count` of them; a nonzero reads NV vectors at x + index * Unit bytes
 //   bias: of this row or null; used when `first`, which starts the sums instead of loading them
 template <class T, int NV, int Unit, class I>
-ST_INLINE void spmm_cell(const I* __restrict index, const T* __restrict values, int64_t count,
-                         const T* __restrict x, T* __restrict y, const T* bias, bool first) {
+ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* __restrict values,
+                         int64_t count, const T* __restrict x, T* __restrict y, const T* bias,
+                         bool first) {
   constexpr int w = kLanes<T>;
   constexpr int chains = kChains<NV>;
   Vec<T> sum[chains][NV];
@@ -43,12 +44,7 @@ ST_INLINE void spmm_cell(const I* __restrict index, const T* __restrict values, 
   auto add_one = [&](auto j, int64_t at, Vec<T> value) __attribute__((always_inline)) {
     add(sum[decltype(j)::value % chains], at, value);
   };
-  int64_t k = for_fours<T>(index, values, count, add_one);
-  for (; chains < 4 && k + chains <= count; k += chains) {
-    ST_UNROLL
-    for (int h = 0; h < chains; h++) add(sum[h], index[k + h], broadcast<T>(values[k + h]));
-  }
-  for (; k < count; k++) add(sum[0], index[k], broadcast<T>(values[k]));
+  for_fours<T>(at, index, values, count, add_one, add_one);
   ST_UNROLL
   for (int h = 1; h < chains; h++) {
     ST_UNROLL
@@ -68,11 +64,14 @@ template <class T, int NV, int Unit, class I>
 void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                 const I* __restrict index, const T* __restrict values, const T* __restrict x,
                 T* __restrict y, int64_t y_stride, const T* bias, bool first, ReadAhead& next) {
+  RowsOfIndices<I, 4> cells(begin, end, rows, index);
   for (int64_t r = 0; r < rows; r++, y += y_stride) {
     const int64_t ahead = r + kRowsAhead < rows ? r + kRowsAhead : r;
     prefetch_run(index, values, begin[ahead], end[ahead]);
     next.some_more();
-    spmm_cell<T, NV, Unit>(index + begin[r], values + begin[r], end[r] - begin[r], x, y,
+    int64_t at, stop;
+    const Indices<I, 4> first_ones = cells.take(&at, &stop);
+    spmm_cell<T, NV, Unit>(first_ones, index + at, values + at, stop - at, x, y,
                            bias ? bias + r : nullptr, first);
   }
 }
@@ -83,13 +82,13 @@ void spmm_sweep(const Sweep& sweep, const I* __restrict index, const T* __restri
                 const T* __restrict x, T* __restrict y, int64_t y_stride, const T* bias,
                 bool first) {
   constexpr int bytes = NV * SPARSETRAIN_VECTOR_BYTES;
-  for_cells<T, bytes>(sweep, index, values, static_cast<const T*>(y), y_stride,
-                      [&](int64_t r, const I* at, const T* value, int64_t count)
-                          __attribute__((always_inline)) {
-                            if (count || first)
-                              spmm_cell<T, NV, Unit>(at, value, count, x, y + r * y_stride,
-                                                     bias ? bias + r : nullptr, first);
-                          });
+  for_cells<T, bytes, 4>(sweep, index, values, static_cast<const T*>(y), y_stride,
+                         [&](int64_t r, Indices<I, 4> four, const I* at, const T* value,
+                             int64_t count) __attribute__((always_inline)) {
+                           if (count || first)
+                             spmm_cell<T, NV, Unit>(four, at, value, count, x, y + r * y_stride,
+                                                    bias ? bias + r : nullptr, first);
+                         });
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 // f(row, column numbers, values, count) for each cell, with what the next ones read asked for in
 // time. index, values: of the whole side; V may be const. `bytes` of each row's other operand lie
 // at rows + row * stride.
-template <class T, int Bytes, class I, class V, class F>
+template <class T, int Bytes, int Ahead, class I, class V, class F>
 ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T* rows,
                          int64_t stride, const F& f) {
   const I* at = index + sweep.first;
@@ -20,6 +20,13 @@ ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T*
     const T* p = rows + row[kSweepAhead - 2] * stride;
     ST_UNROLL
     for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(p + i / sizeof(T));
+  };
+  Indices<I, Ahead> following(at);
+  auto first_of = [&](int64_t count) __attribute__((always_inline)) {
+    const Indices<I, Ahead> first = following;
+    following = Indices<I, Ahead>(at + count);
+    following.keep();
+    return first;
   };
   if (const int32_t* from = sweep.from) {
     for (const CellRun* run = sweep.runs; run < sweep.end; run++) {
@@ -32,7 +39,7 @@ ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T*
           __builtin_prefetch(next + k);
           __builtin_prefetch(next + k + line);
         }
-        f(*row++, at, values + *from++, count);
+        f(*row++, first_of(count), at, values + *from++, count);
       }
     }
     return;
@@ -45,7 +52,7 @@ ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T*
       __builtin_prefetch(at + 128);
       __builtin_prefetch(value + 6 * line);
       __builtin_prefetch(value + 7 * line);
-      f(*row++, at, value, count);
+      f(*row++, first_of(count), at, value, count);
     }
   }
 }
