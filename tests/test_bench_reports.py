@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sparsetrain.bench import compare, layer_tables, page, report, verdicts
+from sparsetrain.bench import compare, layer_tables, page, processes, report, verdicts
 from sparsetrain.bench.compare import Speed
 from sparsetrain.cli import app
 
@@ -194,6 +194,17 @@ def test_markdown_becomes_a_table_with_every_cell() -> None:
     assert "<tr><td>1</td><td></td></tr>" in text
     assert "<ul><li>one</li><li>two</li></ul>" in text
     assert text.endswith("<p>end</p>")
+
+
+def test_settings_that_change_speeds_are_part_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in processes.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/models.py", "--json", "/somewhere/models.json"])
+    assert processes.command_line() == "python benchmarks/models.py --json models.json"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert processes.command_line().startswith("THP_MEM_ALLOC_ENABLE=1 python benchmarks/models.py")
 
 
 def test_a_file_of_another_benchmark_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,11 @@
 #define ST_STRING(a) ST_STRING_(a)
 
 namespace sparsetrain {
+
+#if defined(__AVX512F__)
+extern const KernelTable kTable_avx2;
+#endif
+
 namespace {
 
 #define ST_BY_DTYPE(name, Args)                        \
@@ -20,8 +25,37 @@ namespace {
   }
 ST_BY_DTYPE(linear_forward, LinearForward)
 ST_BY_DTYPE(linear_backward, LinearBackward)
-ST_BY_DTYPE(conv_forward, ConvForward)
-ST_BY_DTYPE(conv_backward, ConvBackward)
+#undef ST_BY_DTYPE
+
+#if defined(__AVX512F__)
+// Eight samples fill vectors of 256 bits, but not of 512, whose lanes are pixels then. Samples are
+// the faster lanes where a convolution is sparse, even so: forward 1.15-1.45 times faster at 90 %,
+// backward 0.96-1.45; at 80 % 0.95-1.15 and 0.88-1.24.
+bool half_vectors_suit(const ConvShape& shape, const Plan& plan, DType dtype) {
+  constexpr double kMostDensity = 0.12;
+  const ConvVectors whole = dtype == DType::f64 ? conv_vectors<double>() : conv_vectors<float>();
+  ConvVectors half = whole;
+  half.lanes /= 2;
+  return plan.density() <= kMostDensity && !lanes_are_samples(shape, whole) &&
+         lanes_are_samples(shape, half);
+}
+const KernelTable* table_for(const ConvShape& shape, const Plan& plan, DType dtype) {
+  return half_vectors_suit(shape, plan, dtype) ? &kTable_avx2 : nullptr;
+}
+#else
+const KernelTable* table_for(const ConvShape&, const Plan&, DType) { return nullptr; }
+#endif
+
+#define ST_CONV_BY_DTYPE(name, Args)                                                            \
+  void name##_any(const Args& a) {                                                              \
+    if (const KernelTable* other = table_for(a.shape, *a.plan, a.dtype)) return other->name(a); \
+    if (a.dtype == DType::f32) return name<float>(a);                                           \
+    if (a.dtype == DType::f64) return name<double>(a);                                          \
+    return name<bf16>(a);                                                                       \
+  }
+ST_CONV_BY_DTYPE(conv_forward, ConvForward)
+ST_CONV_BY_DTYPE(conv_backward, ConvBackward)
+#undef ST_CONV_BY_DTYPE
 
 bool supported() {
 #if defined(__AVX512F__)

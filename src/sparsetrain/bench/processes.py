@@ -86,13 +86,20 @@ def load_toml(path: Path) -> Json:
     return shapes
 
 
+# Variables of the environment that change what is measured: part of the command where set.
+SETTINGS = ("SPARSETRAIN_ISA", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
+
+
 def command_line() -> str:
     """This run's command, without the machine's folders."""
+    settings = "".join(
+        f"{name}={shlex.quote(os.environ[name])} " for name in SETTINGS if os.environ.get(name)
+    )
     program = Path(sys.argv[0])
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     script = program.suffix == ".py" and program.name != "__main__.py"
     head = f"python benchmarks/{program.name}" if script else "sparsetrain"
-    return f"{head} {shlex.join(words)}"
+    return f"{settings}{head} {shlex.join(words)}"
 
 
 def both_commands(earlier: str, now: str) -> str:

@@ -43,11 +43,14 @@ def hand_written(path: Path) -> str:
 RESULTS = (
     ("linear", ("linear", "layers"), "Linear layers"),
     ("conv", ("layers",), "Convolutions"),
-    ("conv_break_even", ("layers",), "Convolutions: where they pass dense"),
     ("models", ("models",), "Whole training steps"),
+    ("models_huge_pages", ("models",), "Whole training steps, memory in pages of 2 MiB"),
     ("layers", ("layers",), "Every layer of five networks"),
     ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),
     ("memory", ("memory",), "Memory"),
+    ("linear_256bit", ("linear", "layers"), "Linear layers, on a CPU with 256-bit vectors"),
+    ("conv_256bit", ("layers",), "Convolutions, on a CPU with 256-bit vectors"),
+    ("layers_256bit", ("layers",), "Every layer of five networks, with 256-bit vectors"),
 )
 
 
@@ -77,7 +80,7 @@ def sections(name: str, data: Json) -> list[tuple[str, str]]:
     """(heading, Markdown) of one result."""
     if name == "memory":
         return memory_sections(data)
-    return model_sections(data) if name == "models" else layer_sections(data)
+    return model_sections(data) if data["benchmark"] == "models" else layer_sections(data)
 
 
 def generate(results: Path, output: Path) -> str:
