@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,6 +234,23 @@ def test_disagreeing_losses_fail_loudly(
     monkeypatch.setattr(session_module.Session, "_lanes", corrupted)
     with pytest.raises(RuntimeError, match="losses of the first steps differ"):
         text.run(options(tiny, tmp_path), Progress(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("step", "difference", "noise"),
+    [(0, 3e-5, False), (1, 3e-5, False), (1, 3e-6, True), (3, 5e-4, True), (4, 3e-2, False)],
+)
+def test_later_losses_may_differ_by_more(step: int, difference: float, noise: bool) -> None:
+    lanes: Any = [
+        SimpleNamespace(name=name, history=SimpleNamespace(losses=[0.5] * 6))
+        for name in ("sparse", "dense")
+    ]
+    lanes[0].history.losses[step] *= 1 + difference
+    if noise:
+        session_module.check_agreement(lanes)
+    else:
+        with pytest.raises(RuntimeError, match=f"at step {step + 1} "):
+            session_module.check_agreement(lanes)
 
 
 def test_sparse_alone_one_shot_with_epochs(tiny: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from sparsetrain.recipes.checkpoint import write_atomically
 from sparsetrain.recipes.engine import Lane, running_medians, tensor_bytes
 from sparsetrain.recipes.session import (
     AGREEMENT_STEPS,
-    AGREEMENT_TOLERANCE,
+    AGREEMENT_TOLERANCES,
     TIMED_STEPS,
-    loss_difference,
+    loss_differences,
 )
 
 
@@ -93,8 +93,8 @@ def build_report(lanes: list[Lane], names: list[str], run: Mapping[str, Any]) ->
         if dense["masked"]:
             report["loss_agreement"] = {
                 "steps": AGREEMENT_STEPS,
-                "tolerance": AGREEMENT_TOLERANCE,
-                "largest_relative_difference": loss_difference(lanes),
+                "tolerances": list(AGREEMENT_TOLERANCES),
+                "largest_relative_difference": max(loss_differences(lanes)),
             }
     return report
 
