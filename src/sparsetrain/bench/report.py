@@ -46,6 +46,7 @@ RESULTS = (
     ("models", ("models",), "Whole training steps"),
     ("models_huge_pages", ("models",), "Whole training steps, memory in pages of 2 MiB"),
     ("layers", ("layers",), "Every layer of five networks"),
+    ("layers_small_batches", ("layers",), "Every layer of five networks, batch 1 and 8"),
     ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),
     ("memory", ("memory",), "Memory"),
     ("linear_256bit", ("linear", "layers"), "Linear layers, on a CPU with 256-bit vectors"),
