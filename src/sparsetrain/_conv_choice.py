@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from sparsetrain import _native
 from sparsetrain._conv_shapes import output_size
 from sparsetrain._planner import DIRECTIONS, Choice, Direction
 
@@ -60,7 +62,7 @@ _DENSE = Choice("dense", "above the density at which the library product is fast
 
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
 # ResNet at batches 1, 8 and 32 with one thread of a CPU with AVX2 (Zen 3), for batches that fill
-# vectors (8) or not, kernels above 1 x 1 or not.
+# vectors or not, kernels above 1 x 1 or not.
 _BreakEvens = dict[Direction, float]
 _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85}
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
@@ -73,7 +75,14 @@ _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.40, "grad_values": 
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.80, 0.55, 1.0
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
-_FILLING = 8
+
+
+@lru_cache(maxsize=1)
+def _filling() -> int:
+    """The smallest batch that fills vectors: lanes are samples from there on."""
+    return 16 if _native.info()["isa"] == "avx512" else 8
+
+
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
 # costs as much again.
@@ -84,7 +93,7 @@ _UNFOLDED_SHARE = 0.5
 def _break_even(direction: Direction, problem: Problem) -> float:
     if problem.dtype is not torch.float32:
         return _BREAK_EVEN[problem.dtype]
-    filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
+    filled, pointwise = problem.input_shape[0] >= _filling(), math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
     if _output_pixels(problem) < _PIXELS:
@@ -124,7 +133,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
 
     | dtype    | for                                   | forward | grad_input | grad_values |
     |----------|---------------------------------------|---------|------------|-------------|
-    | float32  | batches of 8 or more                  | 0.75    | 0.70       | 0.85        |
+    | float32  | batches of 8 (AVX-512: 16) or more    | 0.75    | 0.70       | 0.85        |
     | float32  | with a stride above 1                 |         | 0.80       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
     | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
