@@ -54,7 +54,7 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
     };
     int64_t at, stop;
     const Indices<I, 4> four = cells.take(&at, &stop);
-    for_fours<T>(four, index + at, values + at, stop - at, add_one, add_one);
+    for_fours<T>(four, index + at, values + at, stop - at, add_one);
     ST_UNROLL
     for (int c = 1; c < chains; c++) ST_UNROLL
     for (int h = 0; h < RH; h++) ST_UNROLL

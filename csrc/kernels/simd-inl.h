@@ -160,14 +160,13 @@ class RowsOfIndices {
   Indices<I, N> first_;
 };
 
-// The nonzeros of a cell, four at a time. Indices are read four ahead of their use, from one cell
-// to the next too (`first`): loads of operands queue up by the dozen, and what waits for an index
-// that queued behind them starts too late (1.3 times faster where L1 is the limit).
-//   f(J, index, value in all lanes), J = 0 .. 3 being a constant: for whole fours
-//   rest(J, index, value): for up to three more
-template <class T, class I, class F, class R>
+// f(J, index, value in all lanes) for the nonzeros of a cell, four at a time, J = 0 .. 3 being a
+// constant. Indices are read four ahead of their use, the first ones (`at`) in the cell before:
+// loads of operands queue up by the dozen, and what waits for an index that queued behind them
+// starts too late (1.3 times faster where L1 is the limit).
+template <class T, class I, class F>
 ST_INLINE void for_fours(Indices<I, 4> at, const I* index, const T* values, int64_t count,
-                         const F& f, const R& rest) {
+                         const F& f) {
   int64_t k = 0;
   for (; k + 4 <= count; k += 4) {
     Indices<I, 4> next(index + k + 4);
@@ -180,11 +179,11 @@ ST_INLINE void for_fours(Indices<I, 4> at, const I* index, const T* values, int6
     at = next;
   }
   if (k == count) return;
-  rest(std::integral_constant<int, 0>{}, at.template get<0>(), broadcast<T>(values[k]));
+  f(std::integral_constant<int, 0>{}, at.template get<0>(), broadcast<T>(values[k]));
   if (k + 1 == count) return;
-  rest(std::integral_constant<int, 1>{}, at.template get<1>(), broadcast<T>(values[k + 1]));
+  f(std::integral_constant<int, 1>{}, at.template get<1>(), broadcast<T>(values[k + 1]));
   if (k + 2 == count) return;
-  rest(std::integral_constant<int, 2>{}, at.template get<2>(), broadcast<T>(values[k + 2]));
+  f(std::integral_constant<int, 2>{}, at.template get<2>(), broadcast<T>(values[k + 2]));
 }
 
 template <class T>

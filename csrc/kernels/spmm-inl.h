@@ -44,7 +44,7 @@ ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* _
   auto add_one = [&](auto j, int64_t at, Vec<T> value) __attribute__((always_inline)) {
     add(sum[decltype(j)::value % chains], at, value);
   };
-  for_fours<T>(at, index, values, count, add_one, add_one);
+  for_fours<T>(at, index, values, count, add_one);
   ST_UNROLL
   for (int h = 1; h < chains; h++) {
     ST_UNROLL

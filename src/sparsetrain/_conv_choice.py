@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -75,14 +74,8 @@ _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.40, "grad_values": 
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.80, 0.55, 1.0
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
-
-
-@lru_cache(maxsize=1)
-def _filling() -> int:
-    """The smallest batch that fills vectors: lanes are samples from there on."""
-    return 16 if _native.info()["isa"] == "avx512" else 8
-
-
+# The smallest batch that fills vectors: lanes are samples from there on.
+_FILLING = max(8, _native.vector_lanes()[0])
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
 # costs as much again.
@@ -93,7 +86,7 @@ _UNFOLDED_SHARE = 0.5
 def _break_even(direction: Direction, problem: Problem) -> float:
     if problem.dtype is not torch.float32:
         return _BREAK_EVEN[problem.dtype]
-    filled, pointwise = problem.input_shape[0] >= _filling(), math.prod(problem.kernel_size) == 1
+    filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
     if _output_pixels(problem) < _PIXELS:

@@ -86,16 +86,7 @@ _DENSE = {
 _NATIVE_SHARE, _DENSE_SHARE = 0.9, 0.5
 # Of the library's product with the CPU's own bfloat16 instructions, in float32's time.
 _OWN_BFLOAT16 = 0.4
-_VECTOR_BYTES = {"avx512": 64, "avx2": 32}
-
-
-@functools.cache
-def _lanes() -> tuple[int, int]:
-    """float32 elements of a vector: of the kernels in use, and of the CPU's widest."""
-    facts = _native.info()
-    isas = (facts["isa"], facts["isas_available"][0])
-    own, best = (_VECTOR_BYTES.get(isa, 16) // 4 for isa in isas)
-    return own, best
+_lanes = _native.vector_lanes
 
 
 @functools.cache

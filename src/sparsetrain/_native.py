@@ -6,6 +6,7 @@ library.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -105,6 +106,16 @@ def _version() -> str:
         return metadata.version("sparsetrain")
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+_VECTOR_BYTES = {"avx512": 64, "avx2": 32}
+
+
+@functools.cache
+def vector_lanes() -> tuple[int, int]:
+    """float32 elements of a vector: of the kernels in use, and of the CPU's widest."""
+    own, best = (_VECTOR_BYTES.get(isa, 16) // 4 for isa in (_ISA, _ISAS_AVAILABLE[0]))
+    return own, best
 
 
 def info() -> dict[str, Any]:
