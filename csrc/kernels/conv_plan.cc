@@ -4,8 +4,6 @@
 #include <cstring>
 #include <utility>
 
-#include <unistd.h>
-
 namespace sparsetrain {
 
 namespace {
@@ -26,14 +24,6 @@ constexpr int64_t kShortIndex = 65536;
 // Of a band of results, which all blocks of channels pass over, and which is then written at once.
 constexpr int64_t kBandBytes = 224 << 10;
 
-// Of one core, or a usual size where the system does not say.
-int64_t cache_bytes(int level) {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  const int64_t bytes = sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return level == 1 ? 32 << 10 : 512 << 10;
-}
 // Bytes of the source that the tiles of one block of channels may have: the rest of L1 is for the
 // results and the pattern.
 int64_t tile_budget() { return cache_bytes(1) * 3 / 4; }
@@ -123,7 +113,9 @@ struct Builder {
     return (copies() + other) * v.lane_bytes;
   }
   void lanes() {
-    const bool wide = plan.density() >= kWideDensity;
+    // Each kernel row reads another row of pixels, so that wide tiles want a larger L1.
+    const bool fits = kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes <= cache_bytes(1);
+    const bool wide = plan.density() >= kWideDensity && (fits || kind_of.size() == 1);
     s->tile_lanes = (wide ? v.wide_tile : v.narrow_tile) * v.lanes;
     if (s->samples) return sample_lanes();
     s->flat = is_flat();
@@ -350,6 +342,7 @@ struct Builder {
     if (!side.nnz) return;
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
     int64_t budget = kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes;
+    if (plan.density() >= kWideDensity) budget = std::min(budget, cache_bytes(1));
     int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
     if (s->samples) {
       budget = tile_budget();

@@ -1,9 +1,9 @@
 // Between the values at a pattern and the dense weight that the library's product takes.
 //
-// A bit per weight says where the nonzeros are (Plan::bits). Eight weights are two loads of the
-// next values and one shuffle by a table: 2 cycles, whatever the density, where a scatter costs 3.5
-// cycles for each nonzero. Without such a shuffle, and for other sizes than 32 bits, values are
-// scattered.
+// A bit per weight says where the nonzeros are (Plan::bits). A vector of weights is a load of the
+// next values and a shuffle: 2 cycles, whatever the density, where a scatter costs 3.5 cycles for
+// each nonzero. AVX-512 has an instruction for it, AVX2 takes a table. Without such a shuffle, and
+// for other sizes than 32 bits, values are scattered.
 #pragma once
 
 #if defined(__AVX2__)
@@ -52,14 +52,24 @@ void gather_row(const Pattern& p, int64_t r, const U* row, U* values) {
 }
 
 #if defined(__AVX2__)
-// For each byte of bits. expand, in bytes and by halves of four weights, as _mm256_shuffle_epi8
-// takes them: which of the half's values goes to each place, zero where none does; a permutation
-// across halves and a blend with zero take 1.25 times as long. compress: the places that hold a
-// value, in order; there two halves, which are two stores, take 1.3 times as long as a permutation.
+#if defined(__AVX512F__)
+typedef uint16_t Bits __attribute__((may_alias));  // of the weights of one vector
+#else
+typedef uint8_t Bits;
+#endif
+
+// For each byte of bits.
+//   expand: in bytes and by halves of four weights, as _mm256_shuffle_epi8 takes them: which of the
+//     half's values goes to each place, zero where none does. A permutation across halves and a
+//     blend with zero take 1.25 times as long.
+//   place: which value goes to each place that has one.
+//   compress: the places that hold a value, in order; there two halves, which are two stores, take
+//     1.3 times as long as a permutation.
 struct ByteTables {
   alignas(32) uint8_t expand[256][32];
-  uint8_t compress[256][8];
-  constexpr ByteTables() : expand(), compress() {
+  uint8_t place[256][8], compress[256][8];
+  alignas(16) uint8_t second_half[9][16];  // 0 eight times, then `count` eight times
+  constexpr ByteTables() : expand(), place(), compress(), second_half() {
     for (int bits = 0; bits < 256; bits++) {
       int count = 0, of_half = 0;
       for (int i = 0; i < 8; i++) {
@@ -67,54 +77,87 @@ struct ByteTables {
         if (i == 4) of_half = 0;
         for (int byte = 0; byte < 4; byte++)
           expand[bits][4 * i + byte] = static_cast<uint8_t>(set ? 4 * of_half + byte : 0x80);
+        place[bits][i] = static_cast<uint8_t>(count);
         if (set) compress[bits][count] = static_cast<uint8_t>(i);
         count += set;
         of_half += set;
       }
     }
+    for (int count = 0; count <= 8; count++)
+      for (int i = 8; i < 16; i++) second_half[count][i] = static_cast<uint8_t>(count);
   }
 };
 constexpr ByteTables kByteTables;
 
-// Eight weights from their values, of which eight may be read. *values: moves on to the next ones.
-ST_INLINE __m256 expand_eight(uint8_t set, const float** values) {
-  const int low = __builtin_popcount(set & 15);
-  const __m256 halves = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(*values)),
-                                             _mm_loadu_ps(*values + low), 1);
+// The weights of one vector from their values, of which a vector may be read. *values: moves on to
+// the next ones.
+ST_INLINE Vec<float> expand(Bits set, const float** values) {
+  const float* from = *values;
   *values += __builtin_popcount(set);
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(
+#if defined(__AVX512F__)
+  // vexpandps takes 1.25 times as long on some CPUs (AMD family 25).
+  const uint8_t low = static_cast<uint8_t>(set), high = static_cast<uint8_t>(set >> 8);
+  const __m128i places = _mm_unpacklo_epi64(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteTables.place[low])),
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteTables.place[high])));
+  const __m128i second = _mm_load_si128(
+      reinterpret_cast<const __m128i*>(kByteTables.second_half[__builtin_popcount(low)]));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(
+      set, _mm512_cvtepu8_epi32(_mm_add_epi8(places, second)), _mm512_loadu_ps(from)));
+#else
+  const __m256 halves = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                                             _mm_loadu_ps(from + __builtin_popcount(set & 15)), 1);
+  return reinterpret_cast<Vec<float>>(_mm256_shuffle_epi8(
       _mm256_castps_si256(halves),
       _mm256_load_si256(reinterpret_cast<const __m256i*>(kByteTables.expand[set]))));
+#endif
 }
 
-// The values among eight weights, in front; the rest is arbitrary.
 ST_INLINE __m256 compress_eight(uint8_t set, __m256 weights) {
   const __m256i from = _mm256_cvtepu8_epi32(
       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteTables.compress[set])));
   return _mm256_permutevar8x32_ps(weights, from);
 }
-
-// values: reads eight at a time, but none from `end` on.
-inline void expand_row(const Pattern& p, const uint8_t* bits, int64_t r, int64_t end,
-                       const float* values, float* row) {
-  int64_t c = 0;
-  const float *from = values + p.crow[r], *const last = values + end;
-  for (; c + 8 <= p.cols && last - from >= 8; c += 8)
-    _mm256_storeu_ps(row + c, expand_eight(bits[c >> 3], &from));
-  for (; c < p.cols; c++) row[c] = bits[c >> 3] >> (c & 7) & 1 ? *from++ : 0.0f;
+// Writes the values among the weights of one vector, and something behind them: a vector in all at
+// most. Returns their number.
+ST_INLINE int compress(Bits set, Vec<float> weights, float* to) {
+#if defined(__AVX512F__)
+  // vcompressps takes 1.2 times as long on some CPUs (AMD family 25).
+  const uint8_t low = static_cast<uint8_t>(set), high = static_cast<uint8_t>(set >> 8);
+  const __m512 all = reinterpret_cast<__m512>(weights);
+  _mm256_storeu_ps(to, compress_eight(low, _mm512_castps512_ps256(all)));
+  _mm256_storeu_ps(to + __builtin_popcount(low),
+                   compress_eight(high, _mm512_extractf32x8_ps(all, 1)));
+#else
+  _mm256_storeu_ps(to, compress_eight(set, reinterpret_cast<__m256>(weights)));
+#endif
+  return __builtin_popcount(set);
 }
 
-// values: writes eight at a time, but none from `end` on.
-inline void compress_row(const Pattern& p, const uint8_t* bits, int64_t r, int64_t end,
+ST_INLINE const Bits* bits_of_row(const Plan& plan, int64_t r) {
+  return reinterpret_cast<const Bits*>(plan.bits() + r * plan.bits_stride());
+}
+
+// values: reads a vector at a time, but none from `end` on.
+inline void expand_row(const Pattern& p, const Bits* bits, int64_t r, int64_t end,
+                       const float* values, float* row) {
+  constexpr int w = kLanes<float>;
+  int64_t c = 0;
+  const float *from = values + p.crow[r], *const last = values + end;
+  for (; c + w <= p.cols && last - from >= w; c += w)
+    storeu<float>(row + c, expand(bits[c / w], &from));
+  for (; c < p.cols; c++) row[c] = bits[c / w] >> (c % w) & 1 ? *from++ : 0.0f;
+}
+
+// values: writes a vector at a time, but none from `end` on.
+inline void compress_row(const Pattern& p, const Bits* bits, int64_t r, int64_t end,
                          const float* row, float* values) {
+  constexpr int w = kLanes<float>;
   int64_t k = p.crow[r], c = 0;
-  for (; c + 8 <= p.cols && k + 8 <= end; c += 8) {
-    const uint8_t set = bits[c >> 3];
-    _mm256_storeu_ps(values + k, compress_eight(set, _mm256_loadu_ps(row + c)));
-    k += __builtin_popcount(set);
-  }
+  for (; c + w <= p.cols && k + w <= end; c += w)
+    k += compress(bits[c / w], loadu<float>(row + c), values + k);
   for (; c < p.cols; c++)
-    if (bits[c >> 3] >> (c & 7) & 1) values[k++] = row[c];
+    if (bits[c / w] >> (c % w) & 1) values[k++] = row[c];
 }
 #endif
 
@@ -126,11 +169,9 @@ void values_to_dense_as(const DenseRows& a) {
   U* weight = static_cast<U*>(a.weight);
 #if defined(__AVX2__)
   if constexpr (std::is_same<S, float>::value && std::is_same<U, float>::value) {
-    const uint8_t* bits = a.plan->bits();
-    const int64_t stride = ceil_div(p.cols, 8);
     for_rows(p, a.first, a.last, a.parallel, [&](int64_t r, int64_t) {
       // Reading beyond the run is harmless, beyond the values it is not.
-      expand_row(p, bits + r * stride, r, p.nnz, values, weight + (r - a.first) * p.cols);
+      expand_row(p, bits_of_row(*a.plan, r), r, p.nnz, values, weight + (r - a.first) * p.cols);
     });
     return;
   }
@@ -146,10 +187,8 @@ void dense_to_values_as(const DenseRows& a) {
   U* values = static_cast<U*>(a.values);
 #if defined(__AVX2__)
   if constexpr (std::is_same<U, float>::value) {
-    const uint8_t* bits = a.plan->bits();
-    const int64_t stride = ceil_div(p.cols, 8);
     for_rows(p, a.first, a.last, a.parallel, [&](int64_t r, int64_t end) {
-      compress_row(p, bits + r * stride, r, end, weight + (r - a.first) * p.cols, values);
+      compress_row(p, bits_of_row(*a.plan, r), r, end, weight + (r - a.first) * p.cols, values);
     });
     return;
   }

@@ -1,9 +1,9 @@
 // The linear layer for a few samples and a pattern that is not very sparse.
 //
 // One sample's product does little but read, and at half of the weights nonzero their column
-// numbers cost as much as what is left out. So the bits of Plan::bits say where nonzeros are, a
-// byte for eight weights; a shuffle by a table puts values to their places, and whole vectors of x
-// take part: two to three cycles for eight weights, whatever the density. Nothing is transposed.
+// numbers cost as much as what is left out. So the bits of Plan::bits say where nonzeros are; a
+// shuffle puts a vector's values to their places, and whole vectors of x take part: two to three
+// cycles for each, whatever the density. Nothing is transposed.
 #pragma once
 
 #include "dense-inl.h"
@@ -24,7 +24,7 @@ constexpr int64_t kFewSamples = 8;
 constexpr int64_t kFewGroupWeights = 1 << 18;
 constexpr int64_t kFewGroups = 8;
 
-typedef __m256 Eight;
+constexpr int kWidth = kLanes<float>;  // weights of a vector
 
 // Calls f(B) with the smallest compiled number of samples of at least `samples`.
 template <class F>
@@ -35,33 +35,33 @@ ST_INLINE void with_samples(int64_t samples, const F& f) {
   return f(std::integral_constant<int, 1>{});
 }
 
-// Columns in eights: eight of each sample, then the next eight. Zeros beyond columns and samples.
+// Columns in `vectors`: one of each sample, then the next ones. Zeros beyond columns and samples.
 template <int B>
-void pack_few(const Matrix& x, float* packed) {
-  const int64_t whole = x.cols / 8, eights = ceil_div(x.cols, 8);
-  for (int64_t b = 0; b < B; b++, packed += 8) {
+void pack_few(const Matrix& x, int64_t vectors, float* packed) {
+  constexpr int w = kWidth;
+  const int64_t whole = x.cols / w;
+  for (int64_t b = 0; b < B; b++, packed += w) {
     const bool there = b < x.rows;
     const float* from = static_cast<const float*>(x.data) + (there ? b * x.row_stride : 0);
-    if (!there || whole < eights) {
-      for (int64_t c = there ? whole : 0; c < eights; c++)
-        _mm256_store_ps(packed + c * 8 * B, _mm256_setzero_ps());
-    }
+    for (int64_t c = there ? whole : 0; c < vectors; c++)
+      store<float>(packed + c * w * B, Vec<float>{});
     if (!there) continue;
     for (int64_t c = 0; c < whole; c++)
-      _mm256_store_ps(packed + c * 8 * B, _mm256_loadu_ps(from + 8 * c));
-    __builtin_memcpy(packed + whole * 8 * B, from + 8 * whole,
-                     sizeof(float) * (x.cols - 8 * whole));
+      store<float>(packed + c * w * B, loadu<float>(from + w * c));
+    if (whole * w < x.cols)
+      __builtin_memcpy(packed + whole * w * B, from + w * whole,
+                       sizeof(float) * (x.cols - w * whole));
   }
 }
 
-// The values of each row, of which eight at a time may be read, up to seven beyond the row's end.
+// The values of each row, of which a vector at a time may be read, also beyond the row's end.
 class RowValues {
  public:
   RowValues(const Pattern& p, const float* values)
-      : pattern_(p), values_(values), safe_(p.rows), tail_(tail(p) + 8) {
+      : pattern_(p), values_(values), safe_(p.rows), tail_(tail(p) + kWidth) {
     const int32_t from = p.crow[safe_];
     __builtin_memcpy(tail_.get(), values + from, sizeof(float) * (p.nnz - from));
-    __builtin_memset(tail_.get() + (p.nnz - from), 0, sizeof(float) * 8);
+    __builtin_memset(tail_.get() + (p.nnz - from), 0, sizeof(float) * kWidth);
   }
   const float* operator()(int64_t r) const {
     const int32_t k = pattern_.crow[r];
@@ -70,7 +70,7 @@ class RowValues {
 
  private:
   int64_t tail(const Pattern& p) {
-    while (safe_ > 0 && p.crow[safe_] + 8 > p.nnz) safe_--;
+    while (safe_ > 0 && p.crow[safe_] + kWidth > p.nnz) safe_--;
     return p.nnz - p.crow[safe_];
   }
   const Pattern& pattern_;
@@ -79,10 +79,9 @@ class RowValues {
   Scratch<float> tail_;
 };
 
-ST_INLINE float sum_eight(Eight v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+// From one row's bits to the next one's.
+ST_INLINE int64_t row_words(const Plan& plan) {
+  return plan.bits_stride() / static_cast<int64_t>(sizeof(Bits));
 }
 
 // Asks for what the R rows after these read at the same place, about `ahead` bytes on: where rows
@@ -96,43 +95,43 @@ ST_INLINE uintptr_t bytes_of_rows(const Pattern& p, int64_t r, int64_t rows) {
 
 // R rows of y for B samples. bits: of the first row; values: of each.
 template <int B, int R>
-ST_INLINE void few_outputs(const uint8_t* bits, int64_t stride, const float* const* values,
+ST_INLINE void few_outputs(const Bits* bits, int64_t stride, const float* const* values,
                            uintptr_t ahead, const float* x, float (*sums)[B]) {
-  Eight sum[R][B];
+  Vec<float> sum[R][B];
   const float* from[R];
   ST_UNROLL
   for (int r = 0; r < R; r++) {
     from[r] = values[r];
     ST_UNROLL
-    for (int b = 0; b < B; b++) sum[r][b] = _mm256_setzero_ps();
+    for (int b = 0; b < B; b++) sum[r][b] = Vec<float>{};
   }
-  for (int64_t c = 0; c < stride; c++, x += 8 * B) {
+  for (int64_t c = 0; c < stride; c++, x += kWidth * B) {
     ST_UNROLL
     for (int r = 0; r < R; r++) {
       if (R > 1) prefetch_ahead(from[r], ahead);
-      const Eight weight = expand_eight(bits[r * stride + c], &from[r]);
+      const Vec<float> weight = expand(bits[r * stride + c], &from[r]);
       ST_UNROLL
-      for (int b = 0; b < B; b++)
-        sum[r][b] = _mm256_fmadd_ps(weight, _mm256_load_ps(x + 8 * b), sum[r][b]);
+      for (int b = 0; b < B; b++) sum[r][b] += weight * load<float>(x + kWidth * b);
     }
   }
   ST_UNROLL
   for (int r = 0; r < R; r++) {
     ST_UNROLL
-    for (int b = 0; b < B; b++) sums[r][b] = sum_eight(sum[r][b]);
+    for (int b = 0; b < B; b++) sums[r][b] = sum_lanes<float>(sum[r][b]);
   }
 }
 
 template <int B>
 void few_forward(const LinearForward& a) {
-  constexpr int R = B == 1 ? 4 : B == 2 ? 2 : 1;
+  constexpr int most = kManyRegisters ? 16 : 4;  // sums
+  constexpr int R = B < most / 4 ? 4 : most / B;
   const Pattern& p = a.plan->pattern();
-  const uint8_t* bits = a.plan->bits();
-  const int64_t stride = ceil_div(p.cols, 8), run = R * (kDenseRun / (p.cols + 1) / R + 1);
+  const Bits* bits = bits_of_row(*a.plan, 0);
+  const int64_t stride = row_words(*a.plan), run = R * (kDenseRun / (p.cols + 1) / R + 1);
   const float* bias = static_cast<const float*>(a.bias);
   const RowValues values(p, static_cast<const float*>(a.values));
-  Scratch<float> x(stride * 8 * B);
-  pack_few<B>(a.x, x.get());
+  Scratch<float> x(stride * kWidth * B);
+  pack_few<B>(a.x, stride, x.get());
   const int workers = worth_waking(a.parallel, p.rows * p.cols);
   share(a.parallel, workers, ceil_div(p.rows, run), [&](int, int64_t i) {
     const int64_t end = least((i + 1) * run, p.rows);
@@ -157,62 +156,59 @@ void few_forward(const LinearForward& a) {
   });
 }
 
-// Adds R rows' share to dx, packed as pack_few does. dy: each element in eight places.
+// Adds R rows' share to dx, packed as pack_few does. dy: each element in every lane.
 template <int B, int R>
-ST_INLINE void few_grad_input(const uint8_t* bits, int64_t stride, const float* const* values,
-                              uintptr_t ahead, const float (*dy)[B][8], float* dx) {
+ST_INLINE void few_grad_input(const Bits* bits, int64_t stride, const float* const* values,
+                              uintptr_t ahead, const float (*dy)[B][kWidth], float* dx) {
   const float* from[R];
   ST_UNROLL
   for (int r = 0; r < R; r++) from[r] = values[r];
-  for (int64_t c = 0; c < stride; c++, dx += 8 * B) {
-    Eight weight[R];
+  for (int64_t c = 0; c < stride; c++, dx += kWidth * B) {
+    Vec<float> weight[R];
     ST_UNROLL
     for (int r = 0; r < R; r++) {
       if (R > 1) prefetch_ahead(from[r], ahead);
-      weight[r] = expand_eight(bits[r * stride + c], &from[r]);
+      weight[r] = expand(bits[r * stride + c], &from[r]);
     }
     ST_UNROLL
     for (int b = 0; b < B; b++) {
-      Eight sum = _mm256_load_ps(dx + 8 * b);
+      Vec<float> sum = load<float>(dx + kWidth * b);
       ST_UNROLL
-      for (int r = 0; r < R; r++) sum = _mm256_fmadd_ps(weight[r], _mm256_load_ps(dy[r][b]), sum);
-      _mm256_store_ps(dx + 8 * b, sum);
+      for (int r = 0; r < R; r++) sum += weight[r] * load<float>(dy[r][b]);
+      store<float>(dx + kWidth * b, sum);
     }
   }
 }
 
-// A row of dvalues. Writes eight at a time, but none from `end` on.
+// A row of dvalues. Writes a vector at a time, but none from `end` on.
 template <int B>
-ST_INLINE void few_grad_values(const uint8_t* bits, int64_t stride, const float (*dy)[8],
+ST_INLINE void few_grad_values(const Bits* bits, int64_t stride, const float (*dy)[kWidth],
                                const float* x, float* dvalues, const float* end) {
-  Eight factor[B];
+  Vec<float> factor[B];
   ST_UNROLL
-  for (int b = 0; b < B; b++) factor[b] = _mm256_load_ps(dy[b]);
-  for (int64_t c = 0; c < stride; c++, x += 8 * B) {
-    const uint8_t set = bits[c];
-    const int count = __builtin_popcount(set);
-    Eight sum = _mm256_mul_ps(factor[0], _mm256_load_ps(x));
+  for (int b = 0; b < B; b++) factor[b] = load<float>(dy[b]);
+  for (int64_t c = 0; c < stride; c++, x += kWidth * B) {
+    Vec<float> sum = factor[0] * load<float>(x);
     ST_UNROLL
-    for (int b = 1; b < B; b++) sum = _mm256_fmadd_ps(factor[b], _mm256_load_ps(x + 8 * b), sum);
-    const Eight moved = compress_eight(set, sum);
-    if (dvalues + 8 <= end) {
-      _mm256_storeu_ps(dvalues, moved);
+    for (int b = 1; b < B; b++) sum += factor[b] * load<float>(x + kWidth * b);
+    if (dvalues + kWidth <= end) {
+      dvalues += compress(bits[c], sum, dvalues);
     } else {
-      float last[8];
-      _mm256_storeu_ps(last, moved);
+      float last[kWidth];
+      const int count = compress(bits[c], sum, last);
       __builtin_memcpy(dvalues, last, sizeof(float) * count);
+      dvalues += count;
     }
-    dvalues += count;
   }
 }
 
-// dy of one row in eight places each, zero where there is no sample. Returns its sum.
+// dy of one row in every lane, zero where there is no sample. Returns its sum.
 template <int B>
-ST_INLINE float spread_few(const Matrix& dy, int64_t r, float (*to)[8]) {
+ST_INLINE float spread_few(const Matrix& dy, int64_t r, float (*to)[kWidth]) {
   float sum = 0;
   for (int64_t b = 0; b < dy.rows; b++) {
     const float one = static_cast<const float*>(dy.data)[b * dy.row_stride + r];
-    for (int i = 0; i < 8; i++) to[b][i] = one;
+    for (int i = 0; i < kWidth; i++) to[b][i] = one;
     sum += one;
   }
   return sum;
@@ -222,18 +218,18 @@ ST_INLINE float spread_few(const Matrix& dy, int64_t r, float (*to)[8]) {
 template <int B>
 void unpack_sums(const float* sums, int64_t groups, int64_t size, int64_t rows, int64_t cols,
                  float* out) {
-  for (int64_t b = 0; b < rows; b++, sums += 8, out += cols) {
+  constexpr int w = kWidth;
+  for (int64_t b = 0; b < rows; b++, sums += w, out += cols) {
     auto sum = [&](int64_t c) {
-      Eight all = _mm256_load_ps(sums + c * B);
-      for (int64_t g = 1; g < groups; g++)
-        all = _mm256_add_ps(all, _mm256_load_ps(sums + c * B + g * size));
+      Vec<float> all = load<float>(sums + c * B);
+      for (int64_t g = 1; g < groups; g++) all += load<float>(sums + c * B + g * size);
       return all;
     };
     int64_t c = 0;
-    for (; c + 8 <= cols; c += 8) _mm256_storeu_ps(out + c, sum(c));
+    for (; c + w <= cols; c += w) storeu<float>(out + c, sum(c));
     if (c < cols) {
-      alignas(32) float last[8];
-      _mm256_store_ps(last, sum(c));
+      float last[w];
+      storeu<float>(last, sum(c));
       __builtin_memcpy(out + c, last, sizeof(float) * (cols - c));
     }
   }
@@ -243,8 +239,8 @@ template <int B>
 void few_grad_input(const LinearBackward& a) {
   constexpr int R = 4;
   const Pattern& p = a.plan->pattern();
-  const uint8_t* bits = a.plan->bits();
-  const int64_t stride = ceil_div(p.cols, 8), size = stride * 8 * B;
+  const Bits* bits = bits_of_row(*a.plan, 0);
+  const int64_t stride = row_words(*a.plan), size = stride * kWidth * B;
   const RowValues values(p, static_cast<const float*>(a.values));
   const int64_t groups = least(kFewGroups, least(p.rows, p.rows * p.cols / kFewGroupWeights) + 1);
   Scratch<float> sums(size * groups);
@@ -252,7 +248,7 @@ void few_grad_input(const LinearBackward& a) {
   share(a.parallel, workers, groups, [&](int, int64_t g) {
     float* dx = sums.get() + g * size;
     __builtin_memset(dx, 0, sizeof(float) * size);
-    alignas(32) float dy[R][B][8] = {};
+    alignas(sizeof(Vec<float>)) float dy[R][B][kWidth] = {};
     const int64_t end = p.rows * (g + 1) / groups;
     const float* from[R];
     for (int64_t r = p.rows * g / groups; r < end; r += R) {
@@ -275,14 +271,14 @@ void few_grad_input(const LinearBackward& a) {
 template <int B>
 void few_grad_values(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
-  const uint8_t* bits = a.plan->bits();
-  const int64_t stride = ceil_div(p.cols, 8);
+  const Bits* bits = bits_of_row(*a.plan, 0);
+  const int64_t stride = row_words(*a.plan);
   float* dvalues = static_cast<float*>(a.dvalues);
   float* dbias = static_cast<float*>(a.dbias);
-  Scratch<float> x(stride * 8 * B);
-  pack_few<B>(a.x, x.get());
+  Scratch<float> x(stride * kWidth * B);
+  pack_few<B>(a.x, stride, x.get());
   for_rows(p, 0, p.rows, a.parallel, [&](int64_t r, int64_t end) {
-    alignas(32) float dy[B][8] = {};
+    alignas(sizeof(Vec<float>)) float dy[B][kWidth] = {};
     const float sum = spread_few<B>(a.dy, r, dy);
     if (dbias) dbias[r] = sum;
     few_grad_values<B>(bits + r * stride, stride, dy, x.get(), dvalues + p.crow[r], dvalues + end);

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include <unistd.h>
+
 namespace sparsetrain {
 
 namespace {
@@ -23,13 +25,16 @@ double density_of(const Side& side) {
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
+  if (!side.wide && density_of(side) >= kFitsL1Density)
+    width = std::min(width, cache_bytes(1) / (rule.narrow * rule.vector_bytes));
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
   const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
   return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
 }
 
 void choose_blocks(Side* side, const TileRule& rule) {
-  side->wide = density_of(*side) >= rule.wide_density;
+  const bool fits = rule.wide_columns * rule.wide * rule.vector_bytes <= cache_bytes(1);
+  side->wide = fits && density_of(*side) >= rule.wide_density;
   const int64_t tile_bytes = (side->wide ? rule.wide : rule.narrow) * rule.vector_bytes;
   while ((int64_t{8} << side->column_shift) < tile_bytes) side->column_shift++;
   side->blocks = std::max<int64_t>(1, count_blocks(*side, rule));
@@ -132,6 +137,14 @@ void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* pe
 }
 
 }  // namespace
+
+int64_t cache_bytes(int level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  const int64_t bytes = sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return level == 1 ? 32 << 10 : 512 << 10;
+}
 
 const int32_t* Side::begin_of(int64_t b) const {
   if (b == 0) return row_begin;
@@ -237,9 +250,11 @@ const uint8_t* Plan::bits() const {
   return bits_.get();
 }
 
+int64_t Plan::bits_stride() const { return (pattern_.cols + 15) / 16 * 2; }
+
 void Plan::build_bits() const {
   const Pattern& p = pattern_;
-  const int64_t stride = (p.cols + 7) / 8;
+  const int64_t stride = bits_stride();
   bits_.reset(new uint8_t[p.rows * stride]());
   for (int64_t r = 0; r < p.rows; r++)
     for (int32_t k = p.crow[r]; k < p.crow[r + 1]; k++)
