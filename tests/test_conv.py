@@ -385,6 +385,14 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
             {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550},
             ["dense", "native", "dense"],
         ),
+        (
+            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550, "input_shape": (1, 64, 28, 28)},
+            ["dense"] * 3,
+        ),
+        (
+            {"stride": (2, 2), "nnz": 19_000, "input_shape": (1, 64, 56, 56)},
+            ["dense", "native", "native"],
+        ),
     ],
 )
 def test_the_documented_choice(changes: dict[str, Any], families: list[str]) -> None:

@@ -285,8 +285,8 @@ void few_grad_values(const LinearBackward& a) {
   });
 }
 
-// Nanoseconds of a product, fitted on a CPU with AVX2 (Zen 3): as here, for each weight and for
-// each weight and sample; by nonzeros, for each nonzero and for each row of the result.
+// Nanoseconds of a product: as here, for each weight and for each weight and sample; by nonzeros,
+// for each nonzero and for each row of the result. Only their ratios count.
 struct FewCost {
   double weight, sample, nonzero, row;
   bool less(const Pattern& p, int64_t rows, int64_t batch) const {
@@ -297,9 +297,15 @@ struct FewCost {
            weights * (weight + sample * static_cast<double>(batch)) < by_nonzeros;
   }
 };
+#if defined(__AVX512F__)  // fitted on AMD family 25, model 17
+constexpr FewCost kFewForward = {0.095, 0.02, 0.415, 28};
+constexpr FewCost kFewGradInput = {0.09, 0.0125, 1.04, 10};
+constexpr FewCost kFewGradValues = {0.1, 0.022, 0.74, 32};
+#else  // AMD family 25, model 1
 constexpr FewCost kFewForward = {0.115, 0.024, 1.2, 17};
 constexpr FewCost kFewGradInput = {0.11, 0.024, 2.2, 21};
 constexpr FewCost kFewGradValues = {0.155, 0.023, 1.5, 15};
+#endif
 
 // Each computes its product and returns true, if it is faster than by nonzeros.
 inline bool few_forward(const LinearForward& a) {

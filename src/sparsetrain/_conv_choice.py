@@ -60,18 +60,20 @@ _DEPTHWISE = Choice(
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
-# ResNet at batches 1, 8 and 32 with one thread of a CPU with AVX2 (Zen 3), for batches that fill
-# vectors or not, kernels above 1 x 1 or not.
+# ResNet at batches 1, 8 and 32 with one thread of CPUs with AVX2 (Zen 3) and AVX-512 (Zen 4, and
+# with two threads), for batches that fill vectors or not, kernels above 1 x 1 or not.
 _BreakEvens = dict[Direction, float]
 _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85}
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
-_FEW: _BreakEvens = {"forward": 0.70, "grad_input": 0.45, "grad_values": 0.60}
+_FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.60}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
 # Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
 _PIXELS = 64
-_FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.40, "grad_values": 0.35}
-# A stride leaves the library less to gain in grad_input.
-_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.80, 0.55, 1.0
+_FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.25, "grad_values": 0.35}
+# A stride leaves the library less to gain in grad_input, and more in forward.
+_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.55, 1.0
+_STRIDED_FEW_FORWARD = 0.50
+_STRIDED_1X1_PIXELS, _STRIDED_1X1_FEW_PIXELS = 512, 0.60
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # The smallest batch that fills vectors: lanes are samples from there on.
@@ -91,8 +93,14 @@ def _break_even(direction: Direction, problem: Problem) -> float:
         return _LARGE_BREAK_EVEN
     if _output_pixels(problem) < _PIXELS:
         return _FEW_PIXELS[direction]
-    if direction == "grad_input" and math.prod(problem.stride) > 1:
-        return _STRIDED_1X1 if pointwise else _STRIDED if filled else _STRIDED_FEW
+    if math.prod(problem.stride) > 1:
+        if direction == "grad_input":
+            if not pointwise:
+                return _STRIDED if filled else _STRIDED_FEW
+            few = _output_pixels(problem) < _STRIDED_1X1_PIXELS
+            return _STRIDED_1X1_FEW_PIXELS if few else _STRIDED_1X1
+        if direction == "forward" and not pointwise and not filled:
+            return _STRIDED_FEW_FORWARD
     if pointwise:
         return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
     return (_FILLED if filled else _FEW)[direction]
@@ -127,14 +135,15 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | dtype    | for                                   | forward | grad_input | grad_values |
     |----------|---------------------------------------|---------|------------|-------------|
     | float32  | batches of 8 (AVX-512: 16) or more    | 0.75    | 0.70       | 0.85        |
-    | float32  | with a stride above 1                 |         | 0.80       |             |
+    | float32  | with a stride above 1                 |         | 0.75       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
     | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
-    | float32  | smaller batches                       | 0.70    | 0.45       | 0.60        |
-    | float32  | with a stride above 1                 |         | 0.55       |             |
+    | float32  | smaller batches                       | 0.65    | 0.45       | 0.60        |
+    | float32  | with a stride above 1                 | 0.50    | 0.55       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
-    | float32  | less than 64 pixels of all images     | 0.60    | 0.40       | 0.35        |
+    | float32  | less than 512 pixels of all images    |         | 0.60       |             |
+    | float32  | less than 64 pixels of all images     | 0.60    | 0.25       | 0.35        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
 

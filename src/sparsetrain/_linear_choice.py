@@ -6,6 +6,7 @@ L elements per vector, V = ceil(B / L) vectors of samples and T = ceil(V / 4) ti
 
     native     start + products N V + visits N T + sums R T + activations B (I + O) + gathered N
     dense      start + products I O B / L + weight I O + activations B (I + O)
+               (a matrix by a vector: single I O for products and weight)
                and, unless every weight is a nonzero, panels + converted I O
 
 R is O, or I for grad_input. Everything but the start and the panels is divided among the threads.
@@ -57,36 +58,64 @@ class _Dense(NamedTuple):
     start: float
     products: float
     weight: float
+    single: float  # a weight, products and all, for a batch of 1
     converted: float
     activations: float
     panels: float
 
 
+class _Costs(NamedTuple):
+    """Of one kind of CPU."""
+
+    native: dict[Direction, _Native]
+    few: dict[Direction, tuple[float, float]]  # bits, samples
+    dense: dict[Direction, _Dense]
+    native_share: float  # of each further thread: the part that counts
+    dense_share: float
+
+
+_FEW_SAMPLES = 8
 # Fitted to six layers, 64 -> 64 to 3072 -> 768, at batches 1 to 2048, sparsities 0 to 99 %, one
 # thread, of a CPU with AVX2 (Zen 3), so that the faster one is chosen: to within 0.3 % of the time
 # (geometric mean). Products and visits are a few cycles for a whole vector, so they hold for wider
-# ones: what changes with the instruction set is L.
-_NATIVE = {
-    "forward": _Native(15500, 0.022, 0.93, 4.4, 0.47, 0),
-    "grad_input": _Native(17800, 0.21, 0.08, 2.5, 0.54, 1.6),
-    "grad_values": _Native(19000, 0.007, 1.33, 0.6, 0.55, 0),
-}
-_FEW_SAMPLES = 8
-_FEW = {  # (bits, samples)
-    "forward": (0.115, 0.024),
-    "grad_input": (0.11, 0.024),
-    "grad_values": (0.155, 0.023),
-}
-_DENSE = {
-    "forward": _Dense(27300, 0.222, 0.61, 0, 0.5, 0),
-    "grad_input": _Dense(15200, 0.219, 0.38, 0.12, 0.26, 9000),
-    "grad_values": _Dense(38600, 0.211, 0.12, 0.52, 0.81, 0),
-}
-# The part of each further thread that counts.
-_NATIVE_SHARE, _DENSE_SHARE = 0.9, 0.5
+# ones (Zen 5 with AVX-512: no layer of a batch of 32 slower than dense by more than 10 %): what
+# changes with the instruction set is L.
+_WHOLE = _Costs(
+    {
+        "forward": _Native(15500, 0.022, 0.93, 4.4, 0.47, 0),
+        "grad_input": _Native(17800, 0.21, 0.08, 2.5, 0.54, 1.6),
+        "grad_values": _Native(19000, 0.007, 1.33, 0.6, 0.55, 0),
+    },
+    {"forward": (0.115, 0.024), "grad_input": (0.11, 0.024), "grad_values": (0.155, 0.023)},
+    {
+        "forward": _Dense(27300, 0.222, 0.61, 0.64, 0, 0.5, 0),
+        "grad_input": _Dense(15200, 0.219, 0.38, 0.41, 0.12, 0.26, 9000),
+        "grad_values": _Dense(38600, 0.211, 0.12, 0.15, 0.52, 0.81, 0),
+    },
+    0.9,
+    0.5,
+)
+# The same fit for AVX-512 on 256-bit units (Zen 4), with one and two threads: its choices cost
+# 0.2 %; of 997 layers on batches two are slower than dense by more than 10 % (0.90 and 0.91).
+_HALVES = _Costs(
+    {
+        "forward": _Native(4000, 0.39, 0.017, 16.0, 0, 0),
+        "grad_input": _Native(3900, 0.36, 0, 0, 0.1, 1.2),
+        "grad_values": _Native(5200, 0.33, 0.37, 17.0, 0.077, 0),
+    },
+    {"forward": (0.078, 0.027), "grad_input": (0.097, 0.022), "grad_values": (0.093, 0.036)},
+    {
+        "forward": _Dense(5400, 0.34, 0.19, 0.099, 0.23, 0, 1200),
+        "grad_input": _Dense(4300, 0.32, 0.17, 0.095, 0.23, 0, 800),
+        "grad_values": _Dense(7600, 0.33, 0.26, 0.12, 0.2, 0.09, 1000),
+    },
+    0.86,
+    0.63,
+)
 # Of the library's product with the CPU's own bfloat16 instructions, in float32's time.
 _OWN_BFLOAT16 = 0.4
 _lanes = _native.vector_lanes
+_in_halves = _native.in_halves
 
 
 @functools.cache
@@ -104,20 +133,21 @@ def costs(direction: Direction, problem: LinearProblem) -> dict[str, float]:
     tiles = -(-vectors // 4)
     moved = batch * (inputs + outputs)
     sums = inputs if direction == "grad_input" else outputs
-    n, d = _NATIVE[direction], _DENSE[direction]
+    kind = _HALVES if _in_halves() else _WHOLE
+    n, d = kind.native[direction], kind.dense[direction]
     work = n.products * nnz * vectors + n.visits * nnz * tiles + n.gathered * nnz
     work += n.sums * sums * tiles + n.activations * moved
     if batch <= _FEW_SAMPLES and lanes >= 8 and dtype is torch.float32:
-        bits, samples = _FEW[direction]
+        bits, samples = kind.few[direction]
         work = min(work, (bits + samples * batch) * problem.weights)
-    native = n.start + work / (1 + _NATIVE_SHARE * (threads - 1))
+    native = n.start + work / (1 + kind.native_share * (threads - 1))
     product = d.products * problem.weights * batch / widest
     if dtype is torch.bfloat16 and _library_has_bfloat16():
         product *= _OWN_BFLOAT16
+    product = d.single * problem.weights if batch == 1 else product + d.weight * problem.weights
     full = nnz == problem.weights
-    work = product + d.activations * moved
-    work += (d.weight + (0 if full else d.converted)) * problem.weights
-    dense = d.start + (0 if full else d.panels) + work / (1 + _DENSE_SHARE * (threads - 1))
+    work = product + d.activations * moved + (0 if full else d.converted) * problem.weights
+    dense = d.start + (0 if full else d.panels) + work / (1 + kind.dense_share * (threads - 1))
     return {"native": native, "dense": dense}
 
 

@@ -83,12 +83,16 @@ def _read(path: Path) -> str | None:
         return None
 
 
+@functools.cache
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first core: {"vendor_id", "cpu family", "model name", ...}."""
+    first, _, _ = (_read(Path("/proc/cpuinfo")) or "").partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def _cpu_model() -> str:
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+    return _cpu().get("model name") or platform.processor() or platform.machine()
 
 
 def _caches() -> dict[str, str]:
@@ -116,6 +120,13 @@ def vector_lanes() -> tuple[int, int]:
     """float32 elements of a vector: of the kernels in use, and of the CPU's widest."""
     own, best = (_VECTOR_BYTES.get(isa, 16) // 4 for isa in (_ISA, _ISAS_AVAILABLE[0]))
     return own, best
+
+
+def in_halves() -> bool:
+    """Whether the kernels' vectors are computed in two halves: AVX-512 on AMD family 25."""
+    cpu = _cpu()
+    amd25 = (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "25")
+    return amd25 and _ISA == "avx512"
 
 
 def info() -> dict[str, Any]:
