@@ -386,7 +386,7 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
             ["dense", "native", "dense"],
         ),
         (
-            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550, "input_shape": (1, 64, 28, 28)},
+            {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550, "input_shape": (1, 64, 40, 40)},
             ["dense"] * 3,
         ),
         (
