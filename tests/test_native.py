@@ -67,6 +67,25 @@ print(_native.info()["isa"])
     assert done.stdout.strip() == isa
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "isa", "halves"),
+    [
+        ("AuthenticAMD", "25", "avx512", True),
+        ("AuthenticAMD", "25", "avx2", False),
+        ("AuthenticAMD", "26", "avx512", False),
+        ("GenuineIntel", "6", "avx512", False),
+        (None, None, "avx512", False),
+    ],
+)
+def test_which_vectors_are_computed_in_halves(
+    vendor: str | None, family: str | None, isa: str, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = {} if vendor is None else {"vendor_id": vendor, "cpu family": str(family)}
+    monkeypatch.setattr(_native, "_cpu", lambda: cpu)
+    monkeypatch.setattr(_native, "_ISA", isa)
+    assert _native.in_halves() is halves
+
+
 def test_an_empty_isa_means_the_default() -> None:
     code = "from sparsetrain import _native; print(_native.info()['isa'])"
     done = run_python(code, SPARSETRAIN_ISA="")

@@ -50,6 +50,7 @@ ST_INLINE void sddmm_cell(Indices<I, 8> at, const I* __restrict index, int64_t c
   };
   while (k + most <= count) group(std::integral_constant<int, most>{});
   if (most == 8 && k + 4 <= count) group(std::integral_constant<int, 4>{});
+  if (k + 2 <= count) group(std::integral_constant<int, 2>{});
   while (k < count) group(std::integral_constant<int, 1>{});
 }
 
