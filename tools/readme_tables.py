@@ -88,10 +88,16 @@ def models_section(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def one_thread_section(data: dict[str, Any]) -> str:
+    """layers_section of one thread alone, for the second CPU."""
+    return layers_section({"runs": [run for run in data["runs"] if run["threads"] == 1]})
+
+
 SECTIONS = (
     ("demo", demo_section),
     ("models", models_section),
     ("linear", layers_section),
+    ("linear_halves", one_thread_section),
     ("conv", layers_section),
 )
 

@@ -123,8 +123,10 @@ def _library_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def costs(direction: Direction, problem: LinearProblem) -> dict[str, float]:
-    """Estimated nanoseconds by family."""
+def costs(
+    direction: Direction, problem: LinearProblem, kind: _Costs | None = None
+) -> dict[str, float]:
+    """Estimated nanoseconds by family, for this kind of CPU unless another is given."""
     batch, inputs, outputs, nnz, dtype, threads, _ = problem
     lanes, widest = _lanes()
     if dtype is torch.float64:
@@ -133,7 +135,7 @@ def costs(direction: Direction, problem: LinearProblem) -> dict[str, float]:
     tiles = -(-vectors // 4)
     moved = batch * (inputs + outputs)
     sums = inputs if direction == "grad_input" else outputs
-    kind = _HALVES if _in_halves() else _WHOLE
+    kind = kind or (_HALVES if _in_halves() else _WHOLE)
     n, d = kind.native[direction], kind.dense[direction]
     work = n.products * nnz * vectors + n.visits * nnz * tiles + n.gathered * nnz
     work += n.sums * sums * tiles + n.activations * moved
