@@ -162,7 +162,7 @@ def choose(direction: Direction, problem: LinearProblem) -> Choice:
     | the estimate for dense is below that for native               | dense  |
     | otherwise                                                     | native |
 
-    On the CPU the estimates were fitted on, for float32 and one thread, that is dense up to these
+    On the CPU with AVX2, for float32 and one thread, that is dense up to these
     sparsities in % (forward / grad_input / grad_values; -: never):
 
     | layer       | batch 1 to 8  | batch 32      | batch 128     | batch 2048    |
