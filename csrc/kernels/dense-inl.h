@@ -103,7 +103,8 @@ ST_INLINE Vec<float> expand(Bits set, const float** values) {
   const __m128i second = _mm_load_si128(
       reinterpret_cast<const __m128i*>(kByteTables.second_half[__builtin_popcount(low)]));
   return reinterpret_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(
-      set, _mm512_cvtepu8_epi32(_mm_add_epi8(places, second)), _mm512_loadu_ps(from)));
+      set, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_add_epi8(places, second)),
+      _mm512_loadu_ps(from)));
 #else
   const __m256 halves = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
                                              _mm_loadu_ps(from + __builtin_popcount(set & 15)), 1);
@@ -127,7 +128,7 @@ ST_INLINE int compress(Bits set, Vec<float> weights, float* to) {
   const __m512 all = reinterpret_cast<__m512>(weights);
   _mm256_storeu_ps(to, compress_eight(low, _mm512_castps512_ps256(all)));
   _mm256_storeu_ps(to + __builtin_popcount(low),
-                   compress_eight(high, _mm512_extractf32x8_ps(all, 1)));
+                   compress_eight(high, _mm512_maskz_extractf32x8_ps(0xff, all, 1)));
 #else
   _mm256_storeu_ps(to, compress_eight(set, reinterpret_cast<__m256>(weights)));
 #endif

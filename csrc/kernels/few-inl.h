@@ -124,7 +124,7 @@ ST_INLINE void few_outputs(const Bits* bits, int64_t stride, const float* const*
 template <int B>
 void few_forward(const LinearForward& a) {
   constexpr int most = kManyRegisters ? 16 : 4;  // sums
-  constexpr int R = B < most / 4 ? 4 : most / B;
+  constexpr int R = 4 * B <= most ? 4 : B <= most ? most / B : 1;
   const Pattern& p = a.plan->pattern();
   const Bits* bits = bits_of_row(*a.plan, 0);
   const int64_t stride = row_words(*a.plan), run = R * (kDenseRun / (p.cols + 1) / R + 1);
