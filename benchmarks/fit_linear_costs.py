@@ -75,14 +75,15 @@ def check(rows: Iterable[Row], kind: model._Costs | None = None) -> str:
         regrets.append(math.log(chosen / min(row["seconds"].values())))
         layers[(*row["sizes"], row["threads"])][row["direction"]] = (chosen, dense)
     slow = []
-    for key, products in layers.items():
+    whole = {key: products for key, products in layers.items() if len(products) == len(DIRECTIONS)}
+    for key, products in whole.items():
         ratio = sum(c for c, _ in products.values()) / sum(d for _, d in products.values())
-        if len(products) == 3 and ratio > SLOWER:
+        if ratio > SLOWER:
             slow.append([*map(str, key), f"{ratio:.2f}"])
     lost = 100 * (math.exp(sum(regrets) / len(regrets)) - 1)
     return (
         f"{len(regrets)} products, choices cost {lost:.2f} % (geometric mean); "
-        f"{len(slow)} of {len(layers)} layers take more than {SLOWER:.2f} times dense's time:\n\n"
+        f"{len(slow)} of {len(whole)} layers take more than {SLOWER:.2f} times dense's time:\n\n"
         + table(["batch", "inputs", "outputs", "nonzeros", "threads", "x dense's time"], slow)
     )
 
@@ -146,11 +147,10 @@ def main() -> None:
             parser.error("measure writes one file")
         return measure(arguments.files[0])
     rows = [row for path in arguments.files for row in json.loads(path.read_text("utf-8"))]
-    if arguments.what == "fit":
-        kind = fit(rows)
+    kind = fit(rows) if arguments.what == "fit" else None
+    if kind:
         print(kind, end="\n\n")
-        return print(check(rows, kind))
-    print(check(rows))
+    print(check(rows, kind))
 
 
 if __name__ == "__main__":

@@ -112,9 +112,11 @@ struct Builder {
         transposed ? static_cast<int64_t>(s->phases.size()) * s->result_channels : 0;
     return (copies() + other) * v.lane_bytes;
   }
+  // Bytes of the source that the tiles of one block of channels may have, lanes being pixels.
+  int64_t block_bytes() const { return kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes; }
   void lanes() {
     // Each kernel row reads another row of pixels, so that wide tiles want a larger L1.
-    const bool fits = kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes <= cache_bytes(1);
+    const bool fits = block_bytes() <= cache_bytes(1);
     const bool wide = plan.density() >= kWideDensity && (fits || kind_of.size() == 1);
     s->tile_lanes = (wide ? v.wide_tile : v.narrow_tile) * v.lanes;
     if (s->samples) return sample_lanes();
@@ -341,7 +343,7 @@ struct Builder {
     Side& side = s->side;
     if (!side.nnz) return;
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
-    int64_t budget = kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes;
+    int64_t budget = block_bytes();
     if (plan.density() >= kWideDensity) budget = std::min(budget, cache_bytes(1));
     int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
     if (s->samples) {

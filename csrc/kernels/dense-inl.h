@@ -2,8 +2,8 @@
 //
 // A bit per weight says where the nonzeros are (Plan::bits). A vector of weights is a load of the
 // next values and a shuffle: 2 cycles, whatever the density, where a scatter costs 3.5 cycles for
-// each nonzero. AVX-512 has an instruction for it, AVX2 takes a table. Without such a shuffle, and
-// for other sizes than 32 bits, values are scattered.
+// each nonzero. A table says where each value goes. Without such a shuffle, and for other sizes
+// than 32 bits, values are scattered.
 #pragma once
 
 #if defined(__AVX2__)
