@@ -89,8 +89,10 @@ ST_INLINE void sddmm_pixels_group(const T* dy, int64_t dy_pitch, Indices<I, 8> a
       for (int v = 0; v < W; v++) {
         const Vec<T> d = load<T>(dy + h * dy_pitch + v * w);
         ST_UNROLL
-        for (int g = 0; g < G; g++) sum[g] += d * load<T>(p[g] + h * x_pitch + v * w);
+        for (int g = 0; g < G; g++) sum[g] += d * load<T>(p[g] + v * w);
       }
+      ST_UNROLL
+      for (int g = 0; g < G && h + 1 < H; g++) p[g] = operands(p[g] + x_pitch);
     }
   } else {
     for (int64_t h = 0; h < height; h++, dy += dy_pitch) {

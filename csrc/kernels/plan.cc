@@ -25,8 +25,9 @@ double density_of(const Side& side) {
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
-  if (!side.wide && density_of(side) >= kFitsL1Density)
-    width = std::min(width, cache_bytes(1) / (rule.narrow * rule.vector_bytes));
+  const int64_t column = (side.wide ? rule.wide : rule.narrow) * rule.vector_bytes;
+  const int64_t budget = reads_ahead_unasked() ? cache_bytes(1) * 2 / 3 : cache_bytes(1);
+  if (density_of(side) >= kFitsL1Density) width = std::min(width, budget / column);
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
   const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
   return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
@@ -146,6 +147,15 @@ int64_t cache_bytes(int level) {
   return level == 1 ? 32 << 10 : 512 << 10;
 }
 
+bool reads_ahead_unasked() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
+}
+
 const int32_t* Side::begin_of(int64_t b) const {
   if (b == 0) return row_begin;
   if (b == blocks) return row_begin + 1;
@@ -155,7 +165,7 @@ Sweep Side::sweep(int64_t b, int64_t unit) const {
   const int64_t i = b * sweeps.units + unit, cell = b * rows + unit * sweeps.unit;
   return {sweeps.runs.get() + sweeps.first_run[i], sweeps.runs.get() + sweeps.first_run[i + 1],
           sweeps.row.get() + cell, sweeps.from ? sweeps.from.get() + cell : nullptr,
-          sweeps.first[i]};
+          sweeps.first[i], !reads_ahead_unasked()};
 }
 size_t Side::bytes() const {
   const int64_t swept = blocks * sweeps.units, cells = swept ? blocks * rows + kSweepAhead : 0;

@@ -167,28 +167,37 @@ class RowsOfIndices {
 template <class T, class I, class F>
 ST_INLINE void for_fours(Indices<I, 4> at, const I* index, const T* values, int64_t count,
                          const F& f) {
-  int64_t k = 0;
-  for (; k + 4 <= count; k += 4) {
-    Indices<I, 4> next(index + k + 4);
+  for (; count >= 4; count -= 4) {
+    index += 4;
+    Indices<I, 4> next(index);
     next.keep();
-    const Four<T> value(values + k);
+    const Four<T> value(values);
+    values += 4;
     f(std::integral_constant<int, 0>{}, at.template get<0>(), value.template spread<0>());
     f(std::integral_constant<int, 1>{}, at.template get<1>(), value.template spread<1>());
     f(std::integral_constant<int, 2>{}, at.template get<2>(), value.template spread<2>());
     f(std::integral_constant<int, 3>{}, at.template get<3>(), value.template spread<3>());
     at = next;
   }
-  if (k == count) return;
-  f(std::integral_constant<int, 0>{}, at.template get<0>(), broadcast<T>(values[k]));
-  if (k + 1 == count) return;
-  f(std::integral_constant<int, 1>{}, at.template get<1>(), broadcast<T>(values[k + 1]));
-  if (k + 2 == count) return;
-  f(std::integral_constant<int, 2>{}, at.template get<2>(), broadcast<T>(values[k + 2]));
+  if (count == 0) return;
+  f(std::integral_constant<int, 0>{}, at.template get<0>(), broadcast<T>(values[0]));
+  if (count == 1) return;
+  f(std::integral_constant<int, 1>{}, at.template get<1>(), broadcast<T>(values[1]));
+  if (count == 2) return;
+  f(std::integral_constant<int, 2>{}, at.template get<2>(), broadcast<T>(values[2]));
 }
 
+// An address that several operands are read from, in a register of its own: where it is the sum of
+// two, Intel's CPUs split each FMA that reads it into two operations, and take 6 in a cycle (1.05 to
+// 1.2 times faster).
+template <class T>
+ST_INLINE const T* operands(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
 template <class T>
 ST_INLINE const T* offset(const T* p, int64_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
+  return operands(reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes));
 }
 template <class T>
 ST_INLINE Vec<T> load(const T* p) {  // p: aligned to the vector

@@ -7,14 +7,18 @@
 namespace sparsetrain {
 namespace {
 
+// Bytes of operands from which on a cell takes long enough to ask for a later one's values.
+constexpr int64_t kWorthAsking = 4096;
+
 // f(row, column numbers, values, count) for each cell, with what the next ones read asked for in
-// time. index, values: of the whole side; V may be const. `bytes` of each row's other operand lie
-// at rows + row * stride.
+// time, as far as the CPU needs that (Sweep::ask). index, values: of the whole side; V may be
+// const. `Bytes` of each row's other operand lie at rows + row * stride.
 template <class T, int Bytes, int Ahead, class I, class V, class F>
 ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T* rows,
                          int64_t stride, const F& f) {
   const I* at = index + sweep.first;
   const uint8_t* row = sweep.row;
+  const bool ask = sweep.ask;
   constexpr int64_t line = 64 / sizeof(T);
   auto touch = [&]() __attribute__((always_inline)) {
     const T* p = rows + row[kSweepAhead - 2] * stride;
@@ -32,12 +36,15 @@ ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T*
     for (const CellRun* run = sweep.runs; run < sweep.end; run++) {
       const int64_t count = run->nonzeros;
       for (int32_t c = run->cells; c > 0; c--, at += count) {
-        touch();
-        __builtin_prefetch(at + 128);
-        V* next = values + from[kSweepAhead - 2];
-        for (int64_t k = 0; k <= count; k += 2 * line) {
-          __builtin_prefetch(next + k);
-          __builtin_prefetch(next + k + line);
+        if (ask) {
+          touch();
+          __builtin_prefetch(at + 128);
+        }
+        if (ask || count * Bytes >= kWorthAsking) {
+          V* next = values + from[kSweepAhead - 2];
+          __builtin_prefetch(next);
+          __builtin_prefetch(next + line);
+          for (int64_t k = 2 * line; k <= count; k += line) __builtin_prefetch(next + k);
         }
         f(*row++, first_of(count), at, values + *from++, count);
       }
@@ -48,10 +55,12 @@ ST_INLINE void for_cells(const Sweep& sweep, const I* index, V* values, const T*
   for (const CellRun* run = sweep.runs; run < sweep.end; run++) {
     const int64_t count = run->nonzeros;
     for (int32_t c = run->cells; c > 0; c--, at += count, value += count) {
-      touch();
-      __builtin_prefetch(at + 128);
-      __builtin_prefetch(value + 6 * line);
-      __builtin_prefetch(value + 7 * line);
+      if (ask) {
+        touch();
+        __builtin_prefetch(at + 128);
+        __builtin_prefetch(value + 6 * line);
+        __builtin_prefetch(value + 7 * line);
+      }
       f(*row++, first_of(count), at, value, count);
     }
   }
