@@ -68,22 +68,23 @@ print(_native.info()["isa"])
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "isa", "halves"),
+    ("vendor", "family", "isa", "kind"),
     [
-        ("AuthenticAMD", "25", "avx512", True),
-        ("AuthenticAMD", "25", "avx2", False),
-        ("AuthenticAMD", "26", "avx512", False),
-        ("GenuineIntel", "6", "avx512", False),
-        (None, None, "avx512", False),
+        ("AuthenticAMD", "25", "avx512", "halves"),
+        ("AuthenticAMD", "25", "avx2", "whole"),
+        ("AuthenticAMD", "26", "avx512", "whole"),
+        ("GenuineIntel", "6", "avx512", "intel"),
+        ("GenuineIntel", "6", "avx2", "whole"),
+        (None, None, "avx512", "whole"),
     ],
 )
-def test_which_vectors_are_computed_in_halves(
-    vendor: str | None, family: str | None, isa: str, halves: bool, monkeypatch: pytest.MonkeyPatch
+def test_which_costs_the_cpu_has(
+    vendor: str | None, family: str | None, isa: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = {} if vendor is None else {"vendor_id": vendor, "cpu family": str(family)}
     monkeypatch.setattr(_native, "_cpu", lambda: cpu)
     monkeypatch.setattr(_native, "_ISA", isa)
-    assert _native.in_halves() is halves
+    assert _native.cpu_kind() == kind
 
 
 def test_an_empty_isa_means_the_default() -> None:

@@ -289,21 +289,21 @@ def test_the_documented_choice(
     changes: dict[str, Any], families: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_linear_choice, "_lanes", lambda: (8, 8))
-    monkeypatch.setattr(_linear_choice, "_in_halves", lambda: False)
+    monkeypatch.setattr(_linear_choice, "_cpu_kind", lambda: "whole")
     problem = LARGE._replace(**changes)
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
     for line, family in zip(explain(problem).splitlines()[1:], families, strict=True):
         assert line.split()[1] == family
 
 
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "halves", "intel"])
 @pytest.mark.parametrize("lanes", [(4, 4), (8, 8), (16, 16), (4, 16)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_estimates_are_sensible_on_any_machine(
-    direction: Any, lanes: tuple[int, int], halves: bool, monkeypatch: pytest.MonkeyPatch
+    direction: Any, lanes: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_linear_choice, "_lanes", lambda: lanes)
-    monkeypatch.setattr(_linear_choice, "_in_halves", lambda: halves)
+    monkeypatch.setattr(_linear_choice, "_cpu_kind", lambda: kind)
     for dtype, count, batch in itertools.product(DTYPES, [1, 2, 64], [0, 1, 32, 4096]):
         problem = LARGE._replace(dtype=dtype, threads=count, batch=batch)
         weights = problem.weights

@@ -163,8 +163,8 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
   with_vectors(tiling.vectors(t), [&](auto n) {
     constexpr int NV = decltype(n)::value;
     for (int64_t c = c0; c < c1; c += kPackedColumns)
-      pack_tile<S, NV>(from + c - c0, m.row_stride, tiling.samples(t), least(kPackedColumns, c1 - c),
-                       tile + c * NV * kLanes<Sum<S>>);
+      pack_tile<S, NV>(from + c - c0, m.row_stride, tiling.samples(t),
+                       least(kPackedColumns, c1 - c), tile + c * NV * kLanes<Sum<S>>);
   });
 }
 

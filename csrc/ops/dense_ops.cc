@@ -62,6 +62,7 @@ struct Panels {
     if (full || height >= rows) height = std::max<int64_t>(rows, 1);
     count = std::max<int64_t>(1, (rows + height - 1) / height);
     height = (rows + count - 1) / count;
+    if (count > 1) height += height % 2;  // see product_type
   }
   int64_t first(int64_t i) const { return std::min(i * height, rows); }
   int64_t size(int64_t i) const { return first(i + 1) - first(i); }
@@ -93,8 +94,9 @@ Tensor linear_dense(const Tensor& x, const Tensor& values, const std::optional<T
   constexpr const char* op = "linear_dense";
   check_layout(op, "values", values, 1);
   dtype_of(op, "values", values);
-  const ScalarType given = values.scalar_type(), type = product_type(given);
+  const ScalarType given = values.scalar_type();
   check_floats(op, "x", x, 2, "values", given);
+  const ScalarType type = product_type(given, x.size(1));
   Panels panels(op, plan_for(op, key, crow, col, x.size(1)), type, x.size(0));
   check_length(op, "values", values.size(0), "nonzeros of the pattern",
                panels.entry->pattern().nnz);
@@ -122,8 +124,9 @@ Tensor grad_input_of(const char* op, const Tensor& grad, const Tensor& values, c
                      const Tensor& col, const Tensor& key, int64_t in_features) {
   check_layout(op, "values", values, 1);
   dtype_of(op, "values", values);
-  const ScalarType given = values.scalar_type(), type = product_type(given);
+  const ScalarType given = values.scalar_type();
   check_floats(op, "grad", grad, 2, "values", given);
+  const ScalarType type = product_type(given, grad.size(1));
   Panels panels(op, plan_for(op, key, crow, col, in_features), type, grad.size(0));
   check_length(op, "each row of grad", grad.size(1), "rows of the pattern", panels.rows);
   check_length(op, "values", values.size(0), "nonzeros of the pattern",

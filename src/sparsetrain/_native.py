@@ -122,11 +122,16 @@ def vector_lanes() -> tuple[int, int]:
     return own, best
 
 
-def in_halves() -> bool:
-    """Whether the kernels' vectors are computed in two halves: AVX-512 on AMD family 25."""
+def cpu_kind() -> str:
+    """What kernels with AVX-512 run on: "halves" (computes vectors in two halves: AMD family 25),
+    "intel", or "whole" for every other CPU and instruction set."""
     cpu = _cpu()
+    if _ISA != "avx512":
+        return "whole"
+    if cpu.get("vendor_id") == "GenuineIntel":
+        return "intel"
     amd25 = (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "25")
-    return amd25 and _ISA == "avx512"
+    return "halves" if amd25 else "whole"
 
 
 def info() -> dict[str, Any]:
