@@ -89,7 +89,7 @@ def models_section(data: dict[str, Any]) -> str:
 
 
 def one_thread_section(data: dict[str, Any]) -> str:
-    """layers_section of one thread alone, for the second CPU."""
+    """layers_section of one thread alone, for further CPUs."""
     return layers_section({"runs": [run for run in data["runs"] if run["threads"] == 1]})
 
 
@@ -98,6 +98,7 @@ SECTIONS = (
     ("models", models_section),
     ("linear", layers_section),
     ("linear_halves", one_thread_section),
+    ("linear_intel", one_thread_section),
     ("conv", layers_section),
 )
 
