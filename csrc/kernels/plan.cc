@@ -163,9 +163,12 @@ const int32_t* Side::begin_of(int64_t b) const {
 }
 Sweep Side::sweep(int64_t b, int64_t unit) const {
   const int64_t i = b * sweeps.units + unit, cell = b * rows + unit * sweeps.unit;
-  return {sweeps.runs.get() + sweeps.first_run[i], sweeps.runs.get() + sweeps.first_run[i + 1],
-          sweeps.row.get() + cell, sweeps.from ? sweeps.from.get() + cell : nullptr,
-          sweeps.first[i], !reads_ahead_unasked()};
+  return {sweeps.runs.get() + sweeps.first_run[i],
+          sweeps.runs.get() + sweeps.first_run[i + 1],
+          sweeps.row.get() + cell,
+          sweeps.from ? sweeps.from.get() + cell : nullptr,
+          sweeps.first[i],
+          !reads_ahead_unasked()};
 }
 size_t Side::bytes() const {
   const int64_t swept = blocks * sweeps.units, cells = swept ? blocks * rows + kSweepAhead : 0;

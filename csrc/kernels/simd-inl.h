@@ -188,8 +188,8 @@ ST_INLINE void for_fours(Indices<I, 4> at, const I* index, const T* values, int6
 }
 
 // An address that several operands are read from, in a register of its own: where it is the sum of
-// two, Intel's CPUs split each FMA that reads it into two operations, and take 6 in a cycle (1.05 to
-// 1.2 times faster).
+// two, Intel's CPUs split each FMA that reads it into two operations, and take 6 in a cycle (1.05
+// to 1.2 times faster).
 template <class T>
 ST_INLINE const T* operands(const T* p) {
   __asm__("" : "+r"(p));

@@ -23,8 +23,9 @@ inline bool library_has_bf16() {
 inline ScalarType product_type(ScalarType type) {
   return type == ScalarType::BFloat16 && !library_has_bf16() ? ScalarType::Float : type;
 }
-// The same for a product of rows of `inner` elements. oneDNN's bfloat16 kernels read those in pairs:
-// with an odd number, one from beyond each row's end too, which spoils the row if it is no number.
+// The same for a product of rows of `inner` elements. oneDNN's bfloat16 kernels read those in
+// pairs: with an odd number, one from beyond each row's end too, which spoils the row if it is no
+// number.
 inline ScalarType product_type(ScalarType type, int64_t inner) {
   return type == ScalarType::BFloat16 && inner % 2 ? ScalarType::Float : product_type(type);
 }
