@@ -44,7 +44,7 @@ void spmm_pixels(const int32_t* __restrict begin, const int32_t* __restrict end,
       const T* p = x + at * w;
       ST_UNROLL
       for (int h = 0; h < RH; h++, p += x_pitch) {
-        __asm__("" : "+r"(p));  // else as many offsets in registers as there are vectors
+        p = operands(p);  // else as many offsets in registers as there are vectors, too
         ST_UNROLL
         for (int v = 0; v < NV; v++) into[h][v] += value * load<T>(p + v * w);
       }

@@ -20,14 +20,19 @@ double density_of(const Side& side) {
   return size > 0 ? static_cast<double>(side.nnz) / size : 0;
 }
 
+// Of one column of a packed tile.
+int64_t column_bytes(const Side& side, const TileRule& rule) {
+  return (side.wide ? rule.wide : rule.narrow) * rule.vector_bytes;
+}
+
 // A block of the packed tile should stay near L1, yet give each row enough nonzeros to pay for
 // loading and storing its sums.
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
-  const int64_t column = (side.wide ? rule.wide : rule.narrow) * rule.vector_bytes;
   const int64_t budget = reads_ahead_unasked() ? cache_bytes(1) * 2 / 3 : cache_bytes(1);
-  if (density_of(side) >= kFitsL1Density) width = std::min(width, budget / column);
+  if (density_of(side) >= kFitsL1Density)
+    width = std::min(width, budget / column_bytes(side, rule));
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
   const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
   return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
@@ -36,8 +41,7 @@ int64_t count_blocks(const Side& side, const TileRule& rule) {
 void choose_blocks(Side* side, const TileRule& rule) {
   const bool fits = rule.wide_columns * rule.wide * rule.vector_bytes <= cache_bytes(1);
   side->wide = fits && density_of(*side) >= rule.wide_density;
-  const int64_t tile_bytes = (side->wide ? rule.wide : rule.narrow) * rule.vector_bytes;
-  while ((int64_t{8} << side->column_shift) < tile_bytes) side->column_shift++;
+  while ((int64_t{8} << side->column_shift) < column_bytes(*side, rule)) side->column_shift++;
   side->blocks = std::max<int64_t>(1, count_blocks(*side, rule));
 }
 

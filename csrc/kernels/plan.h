@@ -94,8 +94,9 @@ constexpr double kFitsL1Density = 0.15;
 
 // Of one core's cache, or a usual size where the system does not say.
 int64_t cache_bytes(int level);
-// Intel's CPUs hide the way from L2, and follow streams, better unasked: what a cell asks for costs
-// it 3-10 % there, and gives AMD's 0-8 %. Blocks that fill L1 cost them more than shorter ones.
+// Whether this is one of Intel's CPUs, which hide the way from L2 and follow streams better
+// unasked: asking costs them 3-10 %, and gives AMD's 0-8 %. Blocks that fill L1 cost them more than
+// shorter ones.
 bool reads_ahead_unasked();
 
 // For convolutions.

@@ -125,13 +125,12 @@ def vector_lanes() -> tuple[int, int]:
 def cpu_kind() -> str:
     """What kernels with AVX-512 run on: "halves" (computes vectors in two halves: AMD family 25),
     "intel", or "whole" for every other CPU and instruction set."""
-    cpu = _cpu()
-    if _ISA != "avx512":
-        return "whole"
-    if cpu.get("vendor_id") == "GenuineIntel":
+    vendor = _cpu().get("vendor_id")
+    if _ISA == "avx512" and vendor == "GenuineIntel":
         return "intel"
-    amd25 = (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "25")
-    return "halves" if amd25 else "whole"
+    if _ISA == "avx512" and (vendor, _cpu().get("cpu family")) == ("AuthenticAMD", "25"):
+        return "halves"
+    return "whole"
 
 
 def info() -> dict[str, Any]:
