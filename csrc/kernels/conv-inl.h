@@ -60,11 +60,13 @@ struct ConvProduct {
       for_tiles<T>(conv, strip, [&](auto n, int64_t lane) {
         constexpr int NV = decltype(n)::value;
         with_index(side, [&](auto* index) {
-          for (int64_t b = 0; b < side.blocks; b++)
-            spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES>(
-                side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r, index, values,
-                copies + lane, chunk + lane, conv.strip_lanes, bias ? bias + r : nullptr, b == 0,
-                next);
+          with_addresses([&](auto apart) {
+            for (int64_t b = 0; b < side.blocks; b++)
+              spmm_block<T, NV, SPARSETRAIN_VECTOR_BYTES, decltype(apart)::value>(
+                  side.begin_of(b) + r, side.begin_of(b + 1) + r, end - r, index, values,
+                  copies + lane, chunk + lane, conv.strip_lanes, bias ? bias + r : nullptr, b == 0,
+                  next);
+          });
         });
       });
       placer.place(runs, count, r, end, chunk, conv.strip_lanes,

@@ -21,6 +21,8 @@ constexpr int64_t kChunkBytes = 192 << 10;
 // as make adding the sums up cheap (1 of about 128 loads of a nonzero), and groups at most.
 constexpr int64_t kGroupSamples = 256;
 constexpr int64_t kMostGroups = 8;
+// Columns of a long row that are packed at a time, so that what is written stays in L1 until its
+// lines are full. Only where streams may be short (is_intel).
 constexpr int64_t kPackedColumns = 192;
 // Outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
@@ -154,17 +156,17 @@ void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
   for (int64_t k = 0; k < pattern.nnz; k++) out[next.get()[pattern.col[k]]++] = widen(values[k]);
 }
 
-// Columns [c0, c1) of tile t of m. tile: m.cols x lanes. So many columns at a time that what is
-// written stays in L1 until its lines are full: 1.3 times faster where rows are long.
+// Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
 template <class S>
 void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, int64_t c1,
           Sum<S>* tile) {
-  const S* from = static_cast<const S*>(m.data) + tiling.first(t) * m.row_stride + c0;
+  const S* from = static_cast<const S*>(m.data) + tiling.first(t) * m.row_stride;
+  const int64_t piece = is_intel() ? kPackedColumns : c1 - c0;
   with_vectors(tiling.vectors(t), [&](auto n) {
     constexpr int NV = decltype(n)::value;
-    for (int64_t c = c0; c < c1; c += kPackedColumns)
-      pack_tile<S, NV>(from + c - c0, m.row_stride, tiling.samples(t),
-                       least(kPackedColumns, c1 - c), tile + c * NV * kLanes<Sum<S>>);
+    for (int64_t c = c0; c < c1; c += piece)
+      pack_tile<S, NV>(from + c, m.row_stride, tiling.samples(t), least(piece, c1 - c),
+                       tile + c * NV * kLanes<Sum<S>>);
   });
 }
 
@@ -220,10 +222,12 @@ struct Product {
       constexpr int64_t width = NV * kLanes<T>;
       for (int64_t b = 0; b < side.blocks; b++) {
         const T* x = operand(b);
-        for_units(side, r0, r1, [&](int64_t unit, int64_t r) {
-          spmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(), values,
-                                                    x, chunk + (r - r0) * width, width,
-                                                    bias ? bias + r : nullptr, b == 0);
+        with_addresses([&](auto apart) {
+          for_units(side, r0, r1, [&](int64_t unit, int64_t r) {
+            spmm_sweep<T, NV, decltype(bytes)::value, decltype(apart)::value>(
+                side.sweep(b, unit), side.index16.get(), values, x, chunk + (r - r0) * width, width,
+                bias ? bias + r : nullptr, b == 0);
+          });
         });
       }
       unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);

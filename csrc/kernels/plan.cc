@@ -30,7 +30,7 @@ int64_t column_bytes(const Side& side, const TileRule& rule) {
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
-  const int64_t budget = reads_ahead_unasked() ? cache_bytes(1) * 2 / 3 : cache_bytes(1);
+  const int64_t budget = is_intel() ? cache_bytes(1) * 2 / 3 : cache_bytes(1);
   if (density_of(side) >= kFitsL1Density)
     width = std::min(width, budget / column_bytes(side, rule));
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
@@ -151,7 +151,7 @@ int64_t cache_bytes(int level) {
   return level == 1 ? 32 << 10 : 512 << 10;
 }
 
-bool reads_ahead_unasked() {
+bool is_intel() {
 #if defined(__x86_64__)
   static const bool intel = __builtin_cpu_is("intel");
   return intel;
@@ -172,7 +172,7 @@ Sweep Side::sweep(int64_t b, int64_t unit) const {
           sweeps.row.get() + cell,
           sweeps.from ? sweeps.from.get() + cell : nullptr,
           sweeps.first[i],
-          !reads_ahead_unasked()};
+          !is_intel()};
 }
 size_t Side::bytes() const {
   const int64_t swept = blocks * sweeps.units, cells = swept ? blocks * rows + kSweepAhead : 0;

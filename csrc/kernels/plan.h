@@ -94,10 +94,11 @@ constexpr double kFitsL1Density = 0.15;
 
 // Of one core's cache, or a usual size where the system does not say.
 int64_t cache_bytes(int level);
-// Whether this is one of Intel's CPUs, which hide the way from L2 and follow streams better
-// unasked: asking costs them 3-10 %, and gives AMD's 0-8 %. Blocks that fill L1 cost them more than
-// shorter ones.
-bool reads_ahead_unasked();
+// Whether this is one of Intel's CPUs. They hide the way from L2 and follow streams better unasked:
+// asking costs them 3-10 %, and gives AMD's 0-8 %. Blocks that fill L1 cost them more than shorter
+// ones. Long rows packed in pieces gain 2-4 % there and lose as much on AMD's, as do operands'
+// addresses in registers of their own (simd-inl.h).
+bool is_intel();
 
 // For convolutions.
 constexpr double kWideDensity = 0.35;

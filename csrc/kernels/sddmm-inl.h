@@ -18,7 +18,7 @@ ST_INLINE void sddmm_group(const Vec<T>* dy, Indices<I, 8>& at, const T* x, T* d
   constexpr int chains = NV > kNarrowTile && !kManyRegisters ? 2 : 1;
   Vec<T> sum[G];
   auto product = [&](auto g) __attribute__((always_inline)) {
-    const T* p = offset(x, at.template get<decltype(g)::value>() * Unit);
+    const T* p = operands(offset(x, at.template get<decltype(g)::value>() * Unit));
     Vec<T> s[chains];
     ST_UNROLL
     for (int c = 0; c < chains; c++) s[c] = dy[c] * load<T>(p + c * w);

@@ -14,10 +14,17 @@ constexpr int kChains = NV >= 6   ? 1
                         : NV == 2 ? 4
                                   : 8;
 
+// f(Apart): whether each operand's address gets a register of its own, see `operands`.
+template <class F>
+ST_INLINE void with_addresses(const F& f) {
+  if (is_intel()) return f(std::true_type{});
+  f(std::false_type{});
+}
+
 // One cell: y[0 .. NV vectors) += its products.
 //   index, values: `count` of them; a nonzero reads NV vectors at x + index * Unit bytes
 //   bias: of this row or null; used when `first`, which starts the sums instead of loading them
-template <class T, int NV, int Unit, class I>
+template <class T, int NV, int Unit, bool Apart, class I>
 ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* __restrict values,
                          int64_t count, const T* __restrict x, T* __restrict y, const T* bias,
                          bool first) {
@@ -38,6 +45,7 @@ ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* _
   }
   auto add = [&](Vec<T>* into, int64_t at, Vec<T> value) __attribute__((always_inline)) {
     const T* p = offset(x, at * Unit);
+    if constexpr (Apart) p = operands(p);
     ST_UNROLL
     for (int v = 0; v < NV; v++) into[v] += value * load<T>(p + v * w);
   };
@@ -60,7 +68,7 @@ ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* _
 //   x: aligned, as is what nonzeros read
 //   y: NV vectors for each of the rows, aligned, y_stride elements apart
 //   bias: rows entries or null
-template <class T, int NV, int Unit, class I>
+template <class T, int NV, int Unit, bool Apart, class I>
 void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, int64_t rows,
                 const I* __restrict index, const T* __restrict values, const T* __restrict x,
                 T* __restrict y, int64_t y_stride, const T* bias, bool first, ReadAhead& next) {
@@ -71,24 +79,25 @@ void spmm_block(const int32_t* __restrict begin, const int32_t* __restrict end, 
     next.some_more();
     int64_t at, stop;
     const Indices<I, 4> first_ones = cells.take(&at, &stop);
-    spmm_cell<T, NV, Unit>(first_ones, index + at, values + at, stop - at, x, y,
-                           bias ? bias + r : nullptr, first);
+    spmm_cell<T, NV, Unit, Apart>(first_ones, index + at, values + at, stop - at, x, y,
+                                  bias ? bias + r : nullptr, first);
   }
 }
 
 // One sweep; x, y, bias as for spmm_block, for the rows of its unit.
-template <class T, int NV, int Unit, class I>
+template <class T, int NV, int Unit, bool Apart, class I>
 void spmm_sweep(const Sweep& sweep, const I* __restrict index, const T* __restrict values,
                 const T* __restrict x, T* __restrict y, int64_t y_stride, const T* bias,
                 bool first) {
   constexpr int bytes = NV * SPARSETRAIN_VECTOR_BYTES;
-  for_cells<T, bytes, 4>(sweep, index, values, static_cast<const T*>(y), y_stride,
-                         [&](int64_t r, Indices<I, 4> four, const I* at, const T* value,
-                             int64_t count) __attribute__((always_inline)) {
-                           if (count || first)
-                             spmm_cell<T, NV, Unit>(four, at, value, count, x, y + r * y_stride,
-                                                    bias ? bias + r : nullptr, first);
-                         });
+  for_cells<T, bytes, 4>(
+      sweep, index, values, static_cast<const T*>(y), y_stride,
+      [&](int64_t r, Indices<I, 4> four, const I* at, const T* value, int64_t count)
+          __attribute__((always_inline)) {
+            if (count || first)
+              spmm_cell<T, NV, Unit, Apart>(four, at, value, count, x, y + r * y_stride,
+                                            bias ? bias + r : nullptr, first);
+          });
 }
 
 }  // namespace
