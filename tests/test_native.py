@@ -72,7 +72,8 @@ print(_native.info()["isa"])
     [
         ("AuthenticAMD", "25", "avx512", "halves"),
         ("AuthenticAMD", "25", "avx2", "whole"),
-        ("AuthenticAMD", "26", "avx512", "whole"),
+        ("AuthenticAMD", "26", "avx512", "wide"),
+        ("AuthenticAMD", "26", "avx2", "whole"),
         ("GenuineIntel", "6", "avx512", "intel"),
         ("GenuineIntel", "6", "avx2", "whole"),
         (None, None, "avx512", "whole"),

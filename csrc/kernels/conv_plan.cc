@@ -344,7 +344,8 @@ struct Builder {
     if (!side.nnz) return;
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
     int64_t budget = block_bytes();
-    if (plan.density() >= kWideDensity) budget = std::min(budget, cache_bytes(1));
+    if (plan.density() >= kWideDensity)
+      budget = std::min(budget, s->flat ? dense_block_bytes() : cache_bytes(1));
     int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
     if (s->samples) {
       budget = tile_budget();

@@ -30,9 +30,8 @@ int64_t column_bytes(const Side& side, const TileRule& rule) {
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
-  const int64_t budget = is_intel() ? cache_bytes(1) * 2 / 3 : cache_bytes(1);
   if (density_of(side) >= kFitsL1Density)
-    width = std::min(width, budget / column_bytes(side, rule));
+    width = std::min(width, dense_block_bytes() / column_bytes(side, rule));
   while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
   const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
   return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
@@ -150,6 +149,8 @@ int64_t cache_bytes(int level) {
 #endif
   return level == 1 ? 32 << 10 : 512 << 10;
 }
+
+int64_t dense_block_bytes() { return std::min(cache_bytes(1), kMostDenseBlock); }
 
 bool is_intel() {
 #if defined(__x86_64__)

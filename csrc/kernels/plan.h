@@ -89,15 +89,20 @@ struct TileRule {
 
 // From this density on the operand of a block must fit L1: each vector is read again for so many
 // rows that its way from L2 is what costs. With 32 KiB, tiles of 256 bytes: 128 columns for 192 are
-// 1.5-1.7 times faster at 0-30 % sparsity, 1.1 at 50 and 80 %, 0.97-1.01 at 90 %.
+// 1.5-1.7 times faster at 0-30 % sparsity, 1.1 at 50 and 80 %, 0.97-1.01 at 90 %. With 48 KiB, 64
+// columns of 512 bytes for 96: 1.7-2.3 at 0 %, 1.06-1.18 at 20 %, 1.04 at 50 %, 1.0 at 80 %;
+// without room for what passes through L1 besides, a block that is read from end to end leaves it
+// each time.
 constexpr double kFitsL1Density = 0.15;
+constexpr int64_t kMostDenseBlock = 32 << 10;
 
 // Of one core's cache, or a usual size where the system does not say.
 int64_t cache_bytes(int level);
+// Of the operand of a dense pattern's block.
+int64_t dense_block_bytes();
 // Whether this is one of Intel's CPUs. They hide the way from L2 and follow streams better unasked:
-// asking costs them 3-10 %, and gives AMD's 0-8 %. Blocks that fill L1 cost them more than shorter
-// ones. Long rows packed in pieces gain 2-4 % there and lose as much on AMD's, as do operands'
-// addresses in registers of their own (simd-inl.h).
+// asking costs them 3-10 %, and gives AMD's 0-8 %. Long rows packed in pieces gain 2-4 % there and
+// lose as much on AMD's, as do operands' addresses in registers of their own (simd-inl.h).
 bool is_intel();
 
 // For convolutions.

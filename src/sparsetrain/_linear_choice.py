@@ -112,6 +112,23 @@ _HALVES = _Costs(
     0.86,
     0.63,
 )
+# And for AVX-512 on whole units and 48 KiB of L1 (Zen 5), with one and two threads: 0.2 %; of 1017
+# layers on batches two, which hold all their weights, are slower than dense by more than 10 %.
+_WIDE = _Costs(
+    {
+        "forward": _Native(2800, 0.16, 0.035, 4.6, 0.078, 0.17),
+        "grad_input": _Native(2800, 0.17, 0, 2.0, 0.059, 0.68),
+        "grad_values": _Native(3500, 0.14, 0.16, 7.3, 0.077, 0.2),
+    },
+    {"forward": (0.062, 0.012), "grad_input": (0.072, 0.0089), "grad_values": (0.067, 0.015)},
+    {
+        "forward": _Dense(3700, 0.29, 0.093, 0.066, 0.14, 0, 650),
+        "grad_input": _Dense(3000, 0.31, 0.08, 0.067, 0.13, 0, 670),
+        "grad_values": _Dense(5000, 0.28, 0.091, 0.076, 0.12, 0.088, 690),
+    },
+    0.6,
+    0.42,
+)
 # And for AVX-512 on Intel's cores (family 6, model 207), with one thread: 0.5 %; of 489 layers on
 # batches none, and with two threads on one core 6 of 486 are slower than dense by more than 10 %.
 _INTEL = _Costs(
@@ -129,7 +146,10 @@ _INTEL = _Costs(
     0.86,
     0.63,
 )
-_KINDS = {"whole": _WHOLE, "halves": _HALVES, "intel": _INTEL}
+_KINDS = {"whole": _WHOLE, "halves": _HALVES, "wide": _WIDE, "intel": _INTEL}
+# Transposing a large matrix that has all its weights: rows lie so that they displace each other.
+_FAR_APART = 2.5
+_FAR_WEIGHTS = 400_000
 # Of the library's product with the CPU's own bfloat16 instructions, in float32's time.
 _OWN_BFLOAT16 = 0.4
 _lanes = _native.vector_lanes
@@ -155,7 +175,10 @@ def costs(
     sums = inputs if direction == "grad_input" else outputs
     kind = kind or _KINDS[_cpu_kind()]
     n, d = kind.native[direction], kind.dense[direction]
-    work = n.products * nnz * vectors + n.visits * nnz * tiles + n.gathered * nnz
+    full = nnz == problem.weights
+    apart = full and nnz > _FAR_WEIGHTS and direction == "grad_input"
+    gathered = n.gathered * (_FAR_APART if apart else 1)
+    work = n.products * nnz * vectors + n.visits * nnz * tiles + gathered * nnz
     work += n.sums * sums * tiles + n.activations * moved
     if batch <= _FEW_SAMPLES and lanes >= 8 and dtype is torch.float32:
         bits, samples = kind.few[direction]
@@ -165,7 +188,6 @@ def costs(
     if dtype is torch.bfloat16 and _library_has_bfloat16():
         product *= _OWN_BFLOAT16
     product = d.single * problem.weights if batch == 1 else product + d.weight * problem.weights
-    full = nnz == problem.weights
     work = product + d.activations * moved + (0 if full else d.converted) * problem.weights
     dense = d.start + (0 if full else d.panels) + work / (1 + kind.dense_share * (threads - 1))
     return {"native": native, "dense": dense}

@@ -124,12 +124,14 @@ def vector_lanes() -> tuple[int, int]:
 
 def cpu_kind() -> str:
     """What kernels with AVX-512 run on: "halves" (computes vectors in two halves: AMD family 25),
-    "intel", or "whole" for every other CPU and instruction set."""
-    vendor = _cpu().get("vendor_id")
-    if _ISA == "avx512" and vendor == "GenuineIntel":
+    "wide" (in one, AMD's later ones), or "intel". "whole": every other CPU and instruction set."""
+    if _ISA != "avx512":
+        return "whole"
+    vendor, family = _cpu().get("vendor_id"), _cpu().get("cpu family", "")
+    if vendor == "GenuineIntel":
         return "intel"
-    if _ISA == "avx512" and (vendor, _cpu().get("cpu family")) == ("AuthenticAMD", "25"):
-        return "halves"
+    if vendor == "AuthenticAMD":
+        return "halves" if family == "25" else "wide"
     return "whole"
 
 
