@@ -68,24 +68,38 @@ print(_native.info()["isa"])
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "isa", "kind"),
+    ("cpu", "isa", "kind"),
     [
-        ("AuthenticAMD", "25", "avx512", "halves"),
-        ("AuthenticAMD", "25", "avx2", "whole"),
-        ("AuthenticAMD", "26", "avx512", "wide"),
-        ("AuthenticAMD", "26", "avx2", "whole"),
-        ("GenuineIntel", "6", "avx512", "intel"),
-        ("GenuineIntel", "6", "avx2", "whole"),
-        (None, None, "avx512", "whole"),
+        ("halves", "avx512", "halves"),
+        ("halves", "avx2", "whole"),
+        ("wide", "avx512", "wide"),
+        ("intel", "avx512", "intel"),
+        ("intel", "avx2", "whole"),
+        ("other", "avx512", "whole"),
     ],
 )
 def test_which_costs_the_cpu_has(
-    vendor: str | None, family: str | None, isa: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    cpu: str, isa: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = {} if vendor is None else {"vendor_id": vendor, "cpu family": str(family)}
-    monkeypatch.setattr(_native, "_cpu", lambda: cpu)
+    monkeypatch.setattr(_native, "_CPU", cpu)
     monkeypatch.setattr(_native, "_ISA", isa)
     assert _native.cpu_kind() == kind
+
+
+def test_the_kind_of_cpu_follows_its_vendor() -> None:
+    vendor, family = (_native._cpu().get(key) for key in ("vendor_id", "cpu family"))
+    done = run_python("from sparsetrain import _native; print(_native._CPU)", SPARSETRAIN_CPU="")
+    amd = {"25": "halves"}.get(str(family), "wide")
+    expected = {"AuthenticAMD": amd, "GenuineIntel": "intel"}.get(str(vendor), "other")
+    assert done.stdout.strip() == expected
+
+
+def test_an_unknown_kind_of_cpu_is_an_error_that_lists_the_choices() -> None:
+    done = run_python("import sparsetrain._native", SPARSETRAIN_CPU="abacus")
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("ValueError: SPARSETRAIN_CPU='abacus'")
+    assert "other, halves, wide, intel" in message
 
 
 def test_an_empty_isa_means_the_default() -> None:

@@ -460,11 +460,12 @@ print(worst_error())
 """
 
 
+@pytest.mark.parametrize("cpu", ["halves", "wide", "intel"])
 @pytest.mark.parametrize("isa", _native.info()["isas_available"])
-def test_every_instruction_set_matches_the_reference(isa: str) -> None:
+def test_every_instruction_set_and_kind_of_cpu_match_the_reference(isa: str, cpu: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _ONE_ISA, str(Path(__file__).parent)],
-        env=os.environ | {"SPARSETRAIN_ISA": isa},
+        env=os.environ | {"SPARSETRAIN_ISA": isa, "SPARSETRAIN_CPU": cpu},
         capture_output=True,
         text=True,
         timeout=120,

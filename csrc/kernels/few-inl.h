@@ -26,13 +26,15 @@ constexpr int64_t kFewGroups = 8;
 
 constexpr int kWidth = kLanes<float>;  // weights of a vector
 
-// Calls f(B) with the smallest compiled number of samples of at least `samples`.
+// Calls f(B, ByTable) with the smallest compiled number of samples of at least `samples`.
 template <class F>
 ST_INLINE void with_samples(int64_t samples, const F& f) {
-  if (samples > 4) return f(std::integral_constant<int, 8>{});
-  if (samples > 2) return f(std::integral_constant<int, 4>{});
-  if (samples > 1) return f(std::integral_constant<int, 2>{});
-  return f(std::integral_constant<int, 1>{});
+  with_tables([&](auto tables) {
+    if (samples > 4) return f(std::integral_constant<int, 8>{}, tables);
+    if (samples > 2) return f(std::integral_constant<int, 4>{}, tables);
+    if (samples > 1) return f(std::integral_constant<int, 2>{}, tables);
+    f(std::integral_constant<int, 1>{}, tables);
+  });
 }
 
 // Columns in `vectors`: one of each sample, then the next ones. Zeros beyond columns and samples.
@@ -94,7 +96,7 @@ ST_INLINE uintptr_t bytes_of_rows(const Pattern& p, int64_t r, int64_t rows) {
 }
 
 // R rows of y for B samples. bits: of the first row; values: of each.
-template <int B, int R>
+template <int B, int R, bool ByTable>
 ST_INLINE void few_outputs(const Bits* bits, int64_t stride, const float* const* values,
                            uintptr_t ahead, const float* x, float (*sums)[B]) {
   Vec<float> sum[R][B];
@@ -109,7 +111,7 @@ ST_INLINE void few_outputs(const Bits* bits, int64_t stride, const float* const*
     ST_UNROLL
     for (int r = 0; r < R; r++) {
       if (R > 1) prefetch_ahead(from[r], ahead);
-      const Vec<float> weight = expand(bits[r * stride + c], &from[r]);
+      const Vec<float> weight = expand<ByTable>(bits[r * stride + c], &from[r]);
       ST_UNROLL
       for (int b = 0; b < B; b++) sum[r][b] += weight * load<float>(x + kWidth * b);
     }
@@ -121,7 +123,7 @@ ST_INLINE void few_outputs(const Bits* bits, int64_t stride, const float* const*
   }
 }
 
-template <int B>
+template <int B, bool ByTable>
 void few_forward(const LinearForward& a) {
   constexpr int most = kManyRegisters ? 16 : 4;  // sums
   constexpr int R = 4 * B <= most ? 4 : B <= most ? most / B : 1;
@@ -145,19 +147,20 @@ void few_forward(const LinearForward& a) {
     for (; r + R <= end; r += R) {
       const float* from[R];
       for (int j = 0; j < R; j++) from[j] = values(r + j);
-      few_outputs<B, R>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), x.get(), sums);
+      few_outputs<B, R, ByTable>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), x.get(),
+                                 sums);
       put(r, R);
     }
     for (; r < end; r++) {
       const float* from = values(r);
-      few_outputs<B, 1>(bits + r * stride, stride, &from, 0, x.get(), sums);
+      few_outputs<B, 1, ByTable>(bits + r * stride, stride, &from, 0, x.get(), sums);
       put(r, 1);
     }
   });
 }
 
 // Adds R rows' share to dx, packed as pack_few does. dy: each element in every lane.
-template <int B, int R>
+template <int B, int R, bool ByTable>
 ST_INLINE void few_grad_input(const Bits* bits, int64_t stride, const float* const* values,
                               uintptr_t ahead, const float (*dy)[B][kWidth], float* dx) {
   const float* from[R];
@@ -168,7 +171,7 @@ ST_INLINE void few_grad_input(const Bits* bits, int64_t stride, const float* con
     ST_UNROLL
     for (int r = 0; r < R; r++) {
       if (R > 1) prefetch_ahead(from[r], ahead);
-      weight[r] = expand(bits[r * stride + c], &from[r]);
+      weight[r] = expand<ByTable>(bits[r * stride + c], &from[r]);
     }
     ST_UNROLL
     for (int b = 0; b < B; b++) {
@@ -181,7 +184,7 @@ ST_INLINE void few_grad_input(const Bits* bits, int64_t stride, const float* con
 }
 
 // A row of dvalues. Writes a vector at a time, but none from `end` on.
-template <int B>
+template <int B, bool ByTable>
 ST_INLINE void few_grad_values(const Bits* bits, int64_t stride, const float (*dy)[kWidth],
                                const float* x, float* dvalues, const float* end) {
   Vec<float> factor[B];
@@ -192,10 +195,10 @@ ST_INLINE void few_grad_values(const Bits* bits, int64_t stride, const float (*d
     ST_UNROLL
     for (int b = 1; b < B; b++) sum += factor[b] * load<float>(x + kWidth * b);
     if (dvalues + kWidth <= end) {
-      dvalues += compress(bits[c], sum, dvalues);
+      dvalues += compress<ByTable>(bits[c], sum, dvalues);
     } else {
       float last[kWidth];
-      const int count = compress(bits[c], sum, last);
+      const int count = compress<ByTable>(bits[c], sum, last);
       __builtin_memcpy(dvalues, last, sizeof(float) * count);
       dvalues += count;
     }
@@ -235,7 +238,7 @@ void unpack_sums(const float* sums, int64_t groups, int64_t size, int64_t rows, 
   }
 }
 
-template <int B>
+template <int B, bool ByTable>
 void few_grad_input(const LinearBackward& a) {
   constexpr int R = 4;
   const Pattern& p = a.plan->pattern();
@@ -258,17 +261,18 @@ void few_grad_input(const LinearBackward& a) {
         spread_few<B>(a.dy, r + j, dy[j]);
       }
       if (n == R) {
-        few_grad_input<B, R>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), dy, dx);
+        few_grad_input<B, R, ByTable>(bits + r * stride, stride, from, bytes_of_rows(p, r, R), dy,
+                                      dx);
       } else {
         for (int j = 0; j < n; j++)
-          few_grad_input<B, 1>(bits + (r + j) * stride, stride, from + j, 0, dy + j, dx);
+          few_grad_input<B, 1, ByTable>(bits + (r + j) * stride, stride, from + j, 0, dy + j, dx);
       }
     }
   });
   unpack_sums<B>(sums.get(), groups, size, a.dy.rows, p.cols, static_cast<float*>(a.dx));
 }
 
-template <int B>
+template <int B, bool ByTable>
 void few_grad_values(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
   const Bits* bits = bits_of_row(*a.plan, 0);
@@ -281,7 +285,8 @@ void few_grad_values(const LinearBackward& a) {
     alignas(sizeof(Vec<float>)) float dy[B][kWidth] = {};
     const float sum = spread_few<B>(a.dy, r, dy);
     if (dbias) dbias[r] = sum;
-    few_grad_values<B>(bits + r * stride, stride, dy, x.get(), dvalues + p.crow[r], dvalues + end);
+    few_grad_values<B, ByTable>(bits + r * stride, stride, dy, x.get(), dvalues + p.crow[r],
+                                dvalues + end);
   });
 }
 
@@ -297,33 +302,50 @@ struct FewCost {
            weights * (weight + sample * static_cast<double>(batch)) < by_nonzeros;
   }
 };
-#if defined(__AVX512F__)  // fitted on AMD family 25, model 17
-constexpr FewCost kFewForward = {0.095, 0.02, 0.415, 28};
-constexpr FewCost kFewGradInput = {0.09, 0.0125, 1.04, 10};
-constexpr FewCost kFewGradValues = {0.1, 0.022, 0.74, 32};
-#else  // AMD family 25, model 1
-constexpr FewCost kFewForward = {0.115, 0.024, 1.2, 17};
-constexpr FewCost kFewGradInput = {0.11, 0.024, 2.2, 21};
-constexpr FewCost kFewGradValues = {0.155, 0.023, 1.5, 15};
+struct FewCosts {
+  FewCost forward, grad_input, grad_values;
+};
+#if defined(__AVX512F__)
+constexpr FewCosts kByTables = {// AMD family 25, model 17
+                                {0.095, 0.02, 0.415, 28},
+                                {0.09, 0.0125, 1.04, 10},
+                                {0.1, 0.022, 0.74, 32}};
+constexpr FewCosts kByInstructions = {// AMD family 26, model 2
+                                      {0.037, 0.01, 0.435, 8.8},
+                                      {0.0475, 0.0075, 0.845, 9.9},
+                                      {0.053, 0.0137, 0.59, 11}};
+#else
+constexpr FewCosts kByTables = {// AMD family 25, model 1
+                                {0.115, 0.024, 1.2, 17},
+                                {0.11, 0.024, 2.2, 21},
+                                {0.155, 0.023, 1.5, 15}};
+constexpr FewCosts kByInstructions = kByTables;
 #endif
+ST_INLINE const FewCosts& few_costs() { return expands_fast() ? kByInstructions : kByTables; }
 
 // Each computes its product and returns true, if it is faster than by nonzeros.
 inline bool few_forward(const LinearForward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!kFewForward.less(p, p.rows, a.x.rows)) return false;
-  with_samples(a.x.rows, [&](auto b) { few_forward<decltype(b)::value>(a); });
+  if (!few_costs().forward.less(p, p.rows, a.x.rows)) return false;
+  with_samples(a.x.rows, [&](auto b, auto tables) {
+    few_forward<decltype(b)::value, decltype(tables)::value>(a);
+  });
   return true;
 }
 inline bool few_grad_values(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!kFewGradValues.less(p, p.rows, a.dy.rows)) return false;
-  with_samples(a.dy.rows, [&](auto b) { few_grad_values<decltype(b)::value>(a); });
+  if (!few_costs().grad_values.less(p, p.rows, a.dy.rows)) return false;
+  with_samples(a.dy.rows, [&](auto b, auto tables) {
+    few_grad_values<decltype(b)::value, decltype(tables)::value>(a);
+  });
   return true;
 }
 inline bool few_grad_input(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!kFewGradInput.less(p, p.cols, a.dy.rows)) return false;
-  with_samples(a.dy.rows, [&](auto b) { few_grad_input<decltype(b)::value>(a); });
+  if (!few_costs().grad_input.less(p, p.cols, a.dy.rows)) return false;
+  with_samples(a.dy.rows, [&](auto b, auto tables) {
+    few_grad_input<decltype(b)::value, decltype(tables)::value>(a);
+  });
   return true;
 }
 #endif

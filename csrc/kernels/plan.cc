@@ -7,8 +7,6 @@
 #include <numeric>
 #include <vector>
 
-#include <unistd.h>
-
 namespace sparsetrain {
 
 namespace {
@@ -142,24 +140,7 @@ void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* pe
 
 }  // namespace
 
-int64_t cache_bytes(int level) {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  const int64_t bytes = sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return level == 1 ? 32 << 10 : 512 << 10;
-}
-
 int64_t dense_block_bytes() { return std::min(cache_bytes(1), kMostDenseBlock); }
-
-bool is_intel() {
-#if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-  return intel;
-#else
-  return false;
-#endif
-}
 
 const int32_t* Side::begin_of(int64_t b) const {
   if (b == 0) return row_begin;

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 
+#include "cpu.h"
 #include "kernels.h"
 
 namespace sparsetrain {
@@ -96,15 +97,8 @@ struct TileRule {
 constexpr double kFitsL1Density = 0.15;
 constexpr int64_t kMostDenseBlock = 32 << 10;
 
-// Of one core's cache, or a usual size where the system does not say.
-int64_t cache_bytes(int level);
 // Of the operand of a dense pattern's block.
 int64_t dense_block_bytes();
-// Whether this is one of Intel's CPUs. They hide the way from L2 and follow streams better unasked:
-// asking costs them 3-10 %, and gives AMD's 0-8 %. Long rows packed in pieces gain 2-4 % there and
-// lose as much on AMD's, as do operands' addresses in registers of their own (simd-inl.h).
-bool is_intel();
-
 // For convolutions.
 constexpr double kWideDensity = 0.35;
 constexpr double kNonzerosPerCell = 7.5;

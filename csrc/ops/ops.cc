@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cpu.h"
 
 namespace sparsetrain {
 namespace {
@@ -145,11 +146,11 @@ int64_t plan_bytes_op(const Tensor& key) {
   return cached_plan_bytes(*static_cast<const int64_t*>(key.const_data_ptr()));
 }
 
-// "<chosen>;<available, best first>;<hash of the kernels>;<compiler>": an empty first field means
-// that SPARSETRAIN_ISA cannot be obeyed.
+// "<chosen>;<available, best first>;<kind of CPU>;<hash of the kernels>;<compiler>": an empty first
+// or third field means that SPARSETRAIN_ISA or SPARSETRAIN_CPU cannot be obeyed.
 std::string native_info() {
   const KernelTable* const table = chosen_kernels();
-  return std::string(table ? table->isa : "") + ";" + isas_available() +
+  return std::string(table ? table->isa : "") + ";" + isas_available() + ";" + cpu_kind_name() +
          ";" SPARSETRAIN_KERNELS ";" __VERSION__;
 }
 

@@ -112,22 +112,22 @@ _HALVES = _Costs(
     0.86,
     0.63,
 )
-# And for AVX-512 on whole units and 48 KiB of L1 (Zen 5), with one and two threads: 0.2 %; of 1017
-# layers on batches two, which hold all their weights, are slower than dense by more than 10 %.
+# And for AVX-512 on whole units (Zen 5), with one and two threads: 0.1 %; of 1017 layers on batches
+# one, which holds all its weights, is slower than dense by more than 10 %.
 _WIDE = _Costs(
     {
-        "forward": _Native(2800, 0.16, 0.035, 4.6, 0.078, 0.17),
-        "grad_input": _Native(2800, 0.17, 0, 2.0, 0.059, 0.68),
-        "grad_values": _Native(3500, 0.14, 0.16, 7.3, 0.077, 0.2),
+        "forward": _Native(2800, 0.16, 0, 5.2, 0.092, 0.16),
+        "grad_input": _Native(2900, 0.1, 0.32, 2.1, 0.081, 0.45),
+        "grad_values": _Native(3600, 0.13, 0.18, 5.2, 0.092, 0.19),
     },
-    {"forward": (0.062, 0.012), "grad_input": (0.072, 0.0089), "grad_values": (0.067, 0.015)},
+    {"forward": (0.043, 0.012), "grad_input": (0.047, 0.0088), "grad_values": (0.048, 0.015)},
     {
-        "forward": _Dense(3700, 0.29, 0.093, 0.066, 0.14, 0, 650),
-        "grad_input": _Dense(3000, 0.31, 0.08, 0.067, 0.13, 0, 670),
-        "grad_values": _Dense(5000, 0.28, 0.091, 0.076, 0.12, 0.088, 690),
+        "forward": _Dense(3800, 0.29, 0.1, 0.059, 0.1, 0.039, 530),
+        "grad_input": _Dense(3000, 0.29, 0.1, 0.054, 0.097, 0.021, 620),
+        "grad_values": _Dense(5100, 0.28, 0.087, 0.062, 0.092, 0.093, 720),
     },
-    0.6,
-    0.42,
+    0.63,
+    0.46,
 )
 # And for AVX-512 on Intel's cores (family 6, model 207), with one thread: 0.5 %; of 489 layers on
 # batches none, and with two threads on one core 6 of 486 are slower than dense by more than 10 %.

@@ -44,9 +44,9 @@ def _load() -> Path:
     return path
 
 
-def _native_info() -> tuple[str, tuple[str, ...], str, str]:
-    """(instruction set in use, those this CPU supports, hash of the kernels, compiler)."""
-    chosen, available, kernels, compiler = torch.ops.sparsetrain.native_info().split(";", 3)
+def _native_info() -> tuple[str, tuple[str, ...], str, str, str]:
+    """(instruction set in use, those this CPU supports, its kind, hash of the kernels, compiler)"""
+    chosen, available, cpu, kernels, compiler = torch.ops.sparsetrain.native_info().split(";", 4)
     choices = tuple(available.split(","))
     if not chosen:
         asked = os.environ.get("SPARSETRAIN_ISA", "")
@@ -55,7 +55,13 @@ def _native_info() -> tuple[str, tuple[str, ...], str, str]:
             f"and this CPU supports. Set it to one of {', '.join(choices)}, or unset it to get "
             f"the best one ({choices[0]})."
         )
-    return chosen, choices, kernels, compiler
+    if not cpu:
+        asked = os.environ.get("SPARSETRAIN_CPU", "")
+        raise ValueError(
+            f"SPARSETRAIN_CPU={asked!r} is not a kind of CPU that sparsetrain knows. Set it to one "
+            "of other, halves, wide, intel (for tests), or unset it to get this CPU's own."
+        )
+    return chosen, choices, cpu, kernels, compiler
 
 
 def _load_routes(beside: Path) -> bool:
@@ -73,7 +79,7 @@ def _load_routes(beside: Path) -> bool:
 
 _PATH = _load()
 HAS_ROUTES = _load_routes(_PATH)
-_ISA, _ISAS_AVAILABLE, _KERNELS, _COMPILER = _native_info()
+_ISA, _ISAS_AVAILABLE, _CPU, _KERNELS, _COMPILER = _native_info()
 
 
 def _read(path: Path) -> str | None:
@@ -123,16 +129,9 @@ def vector_lanes() -> tuple[int, int]:
 
 
 def cpu_kind() -> str:
-    """What kernels with AVX-512 run on: "halves" (computes vectors in two halves: AMD family 25),
-    "wide" (in one, AMD's later ones), or "intel". "whole": every other CPU and instruction set."""
-    if _ISA != "avx512":
-        return "whole"
-    vendor, family = _cpu().get("vendor_id"), _cpu().get("cpu family", "")
-    if vendor == "GenuineIntel":
-        return "intel"
-    if vendor == "AuthenticAMD":
-        return "halves" if family == "25" else "wide"
-    return "whole"
+    """Whose costs the kernels have (csrc/kernels/cpu.h): "halves", "wide" or "intel" with AVX-512,
+    "whole" for every other CPU and instruction set."""
+    return _CPU if _ISA == "avx512" and _CPU != "other" else "whole"
 
 
 def info() -> dict[str, Any]:
