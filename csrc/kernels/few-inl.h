@@ -290,35 +290,37 @@ void few_grad_values(const LinearBackward& a) {
   });
 }
 
-// Nanoseconds of a product: as here, for each weight and for each weight and sample; by nonzeros,
-// for each nonzero and for each row of the result. Only their ratios count.
+// Nanoseconds of a product: as here, for each weight (of whole vectors), for each weight and
+// sample, and for each row and sample; by nonzeros, for each nonzero, and for each row and column
+// of what the product is computed by. Only their ratios count.
 struct FewCost {
-  double weight, sample, nonzero, row;
-  bool less(const Pattern& p, int64_t rows, int64_t batch) const {
-    const double weights = static_cast<double>(p.rows) * static_cast<double>(p.cols);
-    const double by_nonzeros =
-        nonzero * static_cast<double>(p.nnz) + row * static_cast<double>(rows);
-    return batch > 0 && batch <= kFewSamples && p.nnz > 0 &&
-           weights * (weight + sample * static_cast<double>(batch)) < by_nonzeros;
+  double weight, sample, sum;
+  double nonzero, row, column;
+  bool less(const Pattern& p, int64_t rows, int64_t cols, int64_t batch) const {
+    if (batch <= 0 || batch > kFewSamples || !p.nnz) return false;
+    const double weights = static_cast<double>(p.rows * ceil_div(p.cols, kWidth) * kWidth);
+    const double samples = static_cast<double>(batch);
+    const double by_nonzeros = nonzero * static_cast<double>(p.nnz) +
+                               row * static_cast<double>(rows) + column * static_cast<double>(cols);
+    return weights * (weight + sample * samples) + sum * samples * static_cast<double>(p.rows) <
+           by_nonzeros;
   }
 };
 struct FewCosts {
   FewCost forward, grad_input, grad_values;
 };
 #if defined(__AVX512F__)
-constexpr FewCosts kByTables = {// AMD family 25, model 17
-                                {0.095, 0.02, 0.415, 28},
-                                {0.09, 0.0125, 1.04, 10},
-                                {0.1, 0.022, 0.74, 32}};
-constexpr FewCosts kByInstructions = {// AMD family 26, model 2
-                                      {0.037, 0.01, 0.435, 8.8},
-                                      {0.0475, 0.0075, 0.845, 9.9},
-                                      {0.053, 0.0137, 0.59, 11}};
+// AMD family 25, model 17
+constexpr FewCosts kByTables = {
+    {0.095, 0.02, 0, 0.415, 28, 0}, {0.09, 0.0125, 0, 1.04, 10, 0}, {0.1, 0.022, 0, 0.74, 32, 0}};
+// AMD family 26, model 2
+constexpr FewCosts kByInstructions = {{0.0385, 0.0085, 2, 0.41, 5.9, 4.5},
+                                      {0.05, 0.006, 1.6, 0.82, 6.2, 4.1},
+                                      {0.055, 0.012, 2.4, 0.58, 6.6, 5.3}};
 #else
-constexpr FewCosts kByTables = {// AMD family 25, model 1
-                                {0.115, 0.024, 1.2, 17},
-                                {0.11, 0.024, 2.2, 21},
-                                {0.155, 0.023, 1.5, 15}};
+// AMD family 25, model 1
+constexpr FewCosts kByTables = {
+    {0.115, 0.024, 0, 1.2, 17, 0}, {0.11, 0.024, 0, 2.2, 21, 0}, {0.155, 0.023, 0, 1.5, 15, 0}};
 constexpr FewCosts kByInstructions = kByTables;
 #endif
 ST_INLINE const FewCosts& few_costs() { return expands_fast() ? kByInstructions : kByTables; }
@@ -326,7 +328,7 @@ ST_INLINE const FewCosts& few_costs() { return expands_fast() ? kByInstructions 
 // Each computes its product and returns true, if it is faster than by nonzeros.
 inline bool few_forward(const LinearForward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!few_costs().forward.less(p, p.rows, a.x.rows)) return false;
+  if (!few_costs().forward.less(p, p.rows, p.cols, a.x.rows)) return false;
   with_samples(a.x.rows, [&](auto b, auto tables) {
     few_forward<decltype(b)::value, decltype(tables)::value>(a);
   });
@@ -334,7 +336,7 @@ inline bool few_forward(const LinearForward& a) {
 }
 inline bool few_grad_values(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!few_costs().grad_values.less(p, p.rows, a.dy.rows)) return false;
+  if (!few_costs().grad_values.less(p, p.rows, p.cols, a.dy.rows)) return false;
   with_samples(a.dy.rows, [&](auto b, auto tables) {
     few_grad_values<decltype(b)::value, decltype(tables)::value>(a);
   });
@@ -342,7 +344,7 @@ inline bool few_grad_values(const LinearBackward& a) {
 }
 inline bool few_grad_input(const LinearBackward& a) {
   const Pattern& p = a.plan->pattern();
-  if (!few_costs().grad_input.less(p, p.cols, a.dy.rows)) return false;
+  if (!few_costs().grad_input.less(p, p.cols, p.rows, a.dy.rows)) return false;
   with_samples(a.dy.rows, [&](auto b, auto tables) {
     few_grad_input<decltype(b)::value, decltype(tables)::value>(a);
   });

@@ -70,6 +70,8 @@ _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.5
 # Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
 _PIXELS = 64
 _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.25, "grad_values": 0.35}
+_FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_values": 0.40}
+_FEW_PIXELS_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.95}
 # A stride leaves the library less to gain in grad_input, and more in forward.
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.55, 1.0
 _STRIDED_FEW_FORWARD = 0.50
@@ -92,7 +94,9 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
     if _output_pixels(problem) < _PIXELS:
-        return _FEW_PIXELS[direction]
+        strided = math.prod(problem.stride) > 1
+        of_1x1 = _FEW_PIXELS_STRIDED if strided else _FEW_PIXELS_1X1
+        return (of_1x1 if pointwise else _FEW_PIXELS)[direction]
     if math.prod(problem.stride) > 1:
         if direction == "grad_input":
             if not pointwise:
@@ -144,6 +148,8 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
     | float32  | less than 512 pixels of all images    |         | 0.60       |             |
     | float32  | less than 64 pixels of all images     | 0.60    | 0.25       | 0.35        |
+    | float32  | 1 x 1                                 | 0.95    | 0.75       | 0.40        |
+    | float32  | 1 x 1 with a stride                   | 0.95    | 0.40       | 0.95        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
 
