@@ -65,7 +65,7 @@ _DENSE = Choice("dense", "above the density at which the library product is fast
 _BreakEvens = dict[Direction, float]
 _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85}
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
-_FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.60}
+_FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.45}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
 # Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
 _PIXELS = 64
@@ -73,9 +73,10 @@ _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.25, "grad_values": 
 _FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_values": 0.40}
 _FEW_PIXELS_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.95}
 # A stride leaves the library less to gain in grad_input, and more in forward.
-_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.55, 1.0
+_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.45, 1.0
 _STRIDED_FEW_FORWARD = 0.50
-_STRIDED_1X1_PIXELS, _STRIDED_1X1_FEW_PIXELS = 512, 0.60
+_STRIDED_1X1_PIXELS = 512
+_STRIDED_1X1_FEW: _BreakEvens = {"forward": 0.95, "grad_input": 0.60, "grad_values": 0.95}
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # The smallest batch that fills vectors: lanes are samples from there on.
@@ -98,11 +99,12 @@ def _break_even(direction: Direction, problem: Problem) -> float:
         of_1x1 = _FEW_PIXELS_STRIDED if strided else _FEW_PIXELS_1X1
         return (of_1x1 if pointwise else _FEW_PIXELS)[direction]
     if math.prod(problem.stride) > 1:
+        if pointwise and _output_pixels(problem) < _STRIDED_1X1_PIXELS:
+            return _STRIDED_1X1_FEW[direction]
         if direction == "grad_input":
-            if not pointwise:
-                return _STRIDED if filled else _STRIDED_FEW
-            few = _output_pixels(problem) < _STRIDED_1X1_PIXELS
-            return _STRIDED_1X1_FEW_PIXELS if few else _STRIDED_1X1
+            if pointwise:
+                return _STRIDED_1X1
+            return _STRIDED if filled else _STRIDED_FEW
         if direction == "forward" and not pointwise and not filled:
             return _STRIDED_FEW_FORWARD
     if pointwise:
@@ -142,11 +144,11 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | with a stride above 1                 |         | 0.75       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
     | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
-    | float32  | smaller batches                       | 0.65    | 0.45       | 0.60        |
-    | float32  | with a stride above 1                 | 0.50    | 0.55       |             |
+    | float32  | smaller batches                       | 0.65    | 0.45       | 0.45        |
+    | float32  | with a stride above 1                 | 0.50    | 0.45       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
-    | float32  | less than 512 pixels of all images    |         | 0.60       |             |
+    | float32  | less than 512 pixels of all images    | 0.95    | 0.60       | 0.95        |
     | float32  | less than 64 pixels of all images     | 0.60    | 0.25       | 0.35        |
     | float32  | 1 x 1                                 | 0.95    | 0.75       | 0.40        |
     | float32  | 1 x 1 with a stride                   | 0.95    | 0.40       | 0.95        |
