@@ -231,6 +231,26 @@ def test_a_sum_and_a_mean_over_pixels_send_back_expanded_gradients() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "what",
+    [
+        setting(200, 810, (3, 3), (4, 5), padding=1),
+        setting(200, 810, (3, 3), (5, 5), padding=1, stride=2),
+        setting(100, 530, (3, 3, 3), (2, 3, 4), padding=1),
+    ],
+    ids=["2d", "stride_2", "3d"],
+)
+def test_a_large_dense_weight_is_made_in_pieces(what: Setting, dtype: torch.dtype) -> None:
+    case = make_case(what, 2, dtype, 0.5)
+    with computed_by("dense"):
+        check_case(case, bounds("dense"))
+        channels_last = case.x.detach().movedim(1, -1).contiguous().movedim(-1, 1)
+        torch.testing.assert_close(
+            case.sparse(channels_last, *case.leaves[1:]), case.sparse(*case.leaves)
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Derivatives
 

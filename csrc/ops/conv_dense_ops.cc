@@ -2,7 +2,9 @@
 //
 // The values are written into a dense weight, the library convolves, and the gradient is read back
 // at the nonzeros. Only x and the values are kept for the backward pass: the dense weight is
-// scratch that all layers of a thread share, and not needed where every weight is a nonzero.
+// scratch that all layers of a thread share, and not needed where every weight is a nonzero. A
+// large one is made a few output channels at a time.
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -13,6 +15,12 @@ namespace sparsetrain {
 namespace {
 
 using Sizes = std::vector<int64_t>;
+
+// Of a dense weight made at a time. The library copies each weight into its own layout, so that a
+// large one passes through memory twice: 512 channels of 7 x 7, three products in two pieces 1.2
+// times faster at batch 1, 1.03 at 8. With a stride the gradient of the input is 0.75-0.95 times as
+// fast in pieces, and smaller weights gain nothing.
+constexpr int64_t kPieceBytes = 5 << 20;
 
 Tensor as_shape(const Tensor& t, const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
@@ -59,43 +67,127 @@ struct DenseConv {
     weight_shape[0] = entry->pattern().rows;
   }
 
+  // Pieces of the output channels, of about the same size: [first(i), first(i + 1)).
+  int64_t pieces() const {
+    // Sums of pieces would be rounded to bfloat16 once more.
+    if (full() || groups > 1 || type == ScalarType::BFloat16) return 1;
+    for (int64_t step : stride)
+      if (step > 1) return 1;
+    const int64_t bytes =
+        entry->pattern().rows * entry->pattern().cols * (type == ScalarType::Double ? 8 : 4);
+    return std::max<int64_t>(1, (bytes + kPieceBytes - 1) / kPieceBytes);
+  }
+  int64_t first(int64_t i) const {
+    const int64_t channels = entry->pattern().rows, count = pieces();
+    return i == count ? channels : channels * i / count / 16 * 16;
+  }
+  int64_t size(int64_t i) const { return first(i + 1) - first(i); }
+
   int64_t dims() const { return static_cast<int64_t>(kernel.size()) + 2; }
   bool full() const {
     return entry->pattern().nnz == entry->pattern().rows * entry->pattern().cols;
   }
-  DenseRows rows(ScalarType values_type, const void* values, const Tensor& weight) const {
+  DenseRows rows(int64_t i, ScalarType values_type, const void* values,
+                 const Tensor& weight) const {
     return {kernel_type(values_type),
             kernel_type(type),
             entry->plan(),
-            0,
-            entry->pattern().rows,
+            first(i),
+            first(i + 1),
             const_cast<void*>(values),
             weight.mutable_data_ptr(),
             torch_threads()};
   }
-  Tensor scratch() const {
-    return as_shape(kept_scratch(type, entry->pattern().rows * entry->pattern().cols),
-                    weight_shape);
+  Tensor scratch(int64_t i) const {
+    Sizes shape = weight_shape;
+    shape[0] = size(i);
+    return as_shape(kept_scratch(type, shape[0] * entry->pattern().cols), shape);
   }
-  Tensor weight(const Tensor& values) const {
+  Tensor checked(const Tensor& values) const {
     check_layout(op, "values", values, 1);
     check_length(op, "values", values.size(0), "nonzeros of the pattern", entry->pattern().nnz);
-    const Tensor values_c = as_contiguous(values);
-    if (full()) return as_shape(as_type(values_c, type), weight_shape);
-    const Tensor weight = scratch();
-    kernels(op).values_to_dense(rows(given, values_c.const_data_ptr(), weight));
+    return as_contiguous(values);
+  }
+  // values: checked
+  Tensor weight(int64_t i, const Tensor& values) const {
+    if (full()) return as_shape(as_type(values, type), weight_shape);
+    const Tensor weight = scratch(i);
+    kernels(op).values_to_dense(rows(i, given, values.const_data_ptr(), weight));
     return weight;
   }
-  Tensor read_back(const Tensor& dweight) const {
+  Tensor empty_values() const {
+    const int64_t nnz = full() ? 0 : entry->pattern().nnz;
+    return empty_of(type, 1, &nnz);
+  }
+  // The gradient of the values of piece i, into `dvalues`; where every weight is a nonzero, instead
+  // of it.
+  void read_back(int64_t i, const Tensor& dweight, Tensor* dvalues) const {
     const Tensor dweight_c = as_contiguous(dweight);
-    const int64_t nnz = entry->pattern().nnz;
-    if (full()) return as_type(as_shape(dweight_c, {nnz}), given);
-    const Tensor dvalues = empty_of(type, 1, &nnz);
-    if (nnz) kernels(op).dense_to_values(rows(type, dvalues.const_data_ptr(), dweight_c));
-    return as_type(dvalues, given);
+    if (full()) {
+      *dvalues = as_shape(dweight_c, {entry->pattern().nnz});
+    } else if (entry->pattern().nnz) {
+      kernels(op).dense_to_values(rows(i, type, dvalues->const_data_ptr(), dweight_c));
+    }
   }
 
-  Tensor forward(const Tensor& x, const Tensor& weight, const Tensor* bias) const {
+  // x and bias: of the type of the product; values: checked
+  Tensor forward(const Tensor& x, const Tensor& values, const Tensor* bias) const {
+    const int64_t count = pieces();
+    if (count == 1) return convolve(x, weight(0, values), bias);
+    Tensor y(nullptr);
+    for (int64_t i = 0; i < count; i++) {
+      const Tensor own = bias ? part(*bias, 0, i) : x;
+      const Tensor result = convolve(x, weight(i, values), bias ? &own : nullptr);
+      if (!i) {
+        Sizes sizes;
+        for (int64_t d = 0; d < result.dim(); d++) sizes.push_back(result.size(d));
+        sizes[1] = entry->pattern().rows;
+        y = torch::stable::new_empty(result, sizes);
+      }
+      Tensor to = part(y, 1, i);
+      torch::stable::copy_(to, result);
+    }
+    return y;
+  }
+
+  struct Gradients {
+    Tensor x, values, bias;  // x and bias null where not wanted
+  };
+  // values: checked, or null without needs_x
+  Gradients backward(const Tensor& grad, const Tensor& x, const Tensor* values, bool needs_x,
+                     bool needs_values, bool needs_bias) const {
+    const Tensor grad_wide = as_type(grad, type), x_wide = as_type(x, type);
+    const int64_t count = pieces(), channels = entry->pattern().rows;
+    Gradients all{Tensor(nullptr), empty_values(), Tensor(nullptr)};
+    for (int64_t i = 0; i < count; i++) {
+      // Without needs_x only the shape of the weight counts.
+      auto [dx, dweight, dbias] =
+          gradients(count == 1 ? grad_wide : part(grad_wide, 1, i), x_wide,
+                    needs_x ? weight(i, *values) : scratch(i), needs_x, needs_values, needs_bias);
+      if (needs_x) all.x = i ? sum(all.x, dx) : dx;
+      if (needs_values) read_back(i, dweight, &all.values);
+      if (!needs_bias) continue;
+      if (!i) all.bias = count == 1 ? dbias : torch::stable::new_empty(dbias, {channels});
+      if (count == 1) continue;
+      Tensor to = part(all.bias, 0, i);
+      torch::stable::copy_(to, dbias);
+    }
+    return all;
+  }
+  Tensor bias_of(const Gradients& gradients, bool bias, const Tensor& like) const {
+    return bias ? as_type(gradients.bias, given) : empty_vector(like, 0);
+  }
+
+ private:
+  Tensor part(Tensor t, int64_t dim, int64_t i) const {
+    return torch::stable::narrow(t, dim, first(i), size(i));
+  }
+  static Tensor sum(const Tensor& a, const Tensor& b) {
+    AtenTensorHandle result = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(a.get(), b.get(), 1.0, &result));
+    return Tensor(result);
+  }
+  Tensor convolve(const Tensor& x, const Tensor& weight, const Tensor* bias) const {
     const Sizes zero(kernel.size(), 0);
     const auto n = static_cast<int64_t>(kernel.size());
     AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, result = nullptr;
@@ -104,24 +196,19 @@ struct DenseConv {
         dilation.data(), n, 0, zero.data(), n, groups, &result));
     return Tensor(result);
   }
-  struct Gradients {
-    Tensor x, weight, bias;
-  };
-  Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool needs_x,
-                     bool needs_weight, bool needs_bias) const {
+  std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad, const Tensor& x,
+                                               const Tensor& weight, bool needs_x,
+                                               bool needs_weight, bool needs_bias) const {
     const Sizes zero(kernel.size(), 0);
     const auto n = static_cast<int64_t>(kernel.size());
     const int64_t outputs = grad.size(1), *outputs_at = &outputs;
     const int32_t mask[3] = {needs_x, needs_weight, needs_bias};
     AtenTensorHandle results[3] = {nullptr, nullptr, nullptr};
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
-        as_type(grad, type).get(), as_type(x, type).get(), weight.get(), &outputs_at, 1,
-        stride.data(), n, padding.data(), n, dilation.data(), n, 0, zero.data(), n, groups, mask, 3,
-        &results[0], &results[1], &results[2]));
+        grad.get(), x.get(), weight.get(), &outputs_at, 1, stride.data(), n, padding.data(), n,
+        dilation.data(), n, 0, zero.data(), n, groups, mask, 3, &results[0], &results[1],
+        &results[2]));
     return {Tensor(results[0]), Tensor(results[1]), Tensor(results[2])};
-  }
-  Tensor bias_of(const Gradients& gradients, bool bias, const Tensor& like) const {
-    return bias ? as_type(gradients.bias, given) : empty_vector(like, 0);
   }
 };
 
@@ -135,7 +222,7 @@ Tensor conv_dense(const Tensor& x, const Tensor& values, const std::optional<Ten
   check_floats(op, "x", x, conv.dims(), "values", conv.given);
   const Tensor bias_wide = bias ? as_type(*bias, conv.type) : x;
   const Tensor y =
-      conv.forward(as_type(x, conv.type), conv.weight(values), bias ? &bias_wide : nullptr);
+      conv.forward(as_type(x, conv.type), conv.checked(values), bias ? &bias_wide : nullptr);
   return as_contiguous(as_type(y, conv.given));
 }
 
@@ -153,7 +240,8 @@ Tensor conv_dense_grad_input(const Tensor& grad, const Tensor& values, const Ten
   // Only the shape of x counts.
   const Tensor x =
       empty_like_dtype(grad, static_cast<int64_t>(input_size.size()), input_size.data());
-  const auto gradients = conv.backward(grad, x, conv.weight(values), true, false, false);
+  const Tensor values_c = conv.checked(values);
+  const auto gradients = conv.backward(grad, x, &values_c, true, false, false);
   return as_contiguous(as_type(gradients.x, conv.given));
 }
 
@@ -167,9 +255,8 @@ std::tuple<Tensor, Tensor> conv_dense_grad_values(const Tensor& grad, const Tens
   const DenseConv conv(op, x, "x", x.size(1), crow, col, key, kernel, stride, padding, dilation,
                        groups);
   check_floats(op, "grad", grad, conv.dims(), "x", conv.given);
-  // Only the shape of the weight counts.
-  const auto gradients = conv.backward(grad, x, conv.scratch(), false, true, bias);
-  return {conv.read_back(gradients.weight), conv.bias_of(gradients, bias, x)};
+  const auto gradients = conv.backward(grad, x, nullptr, false, true, bias);
+  return {as_type(gradients.values, conv.given), conv.bias_of(gradients, bias, x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_dense_backward(const Tensor& grad, const Tensor& x,
@@ -183,8 +270,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_dense_backward(const Tensor& grad, const
                        dilation, groups);
   check_floats(op, "x", x, conv.dims(), "values", conv.given);
   check_floats(op, "grad", grad, conv.dims(), "values", conv.given);
-  const auto gradients = conv.backward(grad, x, conv.weight(values), true, true, bias);
-  return {as_contiguous(as_type(gradients.x, conv.given)), conv.read_back(gradients.weight),
+  const Tensor values_c = conv.checked(values);
+  const auto gradients = conv.backward(grad, x, &values_c, true, true, bias);
+  return {as_contiguous(as_type(gradients.x, conv.given)), as_type(gradients.values, conv.given),
           conv.bias_of(gradients, bias, x)};
 }
 
