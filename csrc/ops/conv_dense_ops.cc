@@ -31,7 +31,26 @@ Tensor as_shape(const Tensor& t, const Sizes& sizes) {
   return Tensor(handle);
 }
 
-// One layer and the dtype that the library computes it in.
+Sizes sizes_of(const Tensor& t) {
+  Sizes sizes;
+  for (int64_t d = 0; d < t.dim(); d++) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+// The dtype that the library computes in. Its bfloat16 kernels give wrong gradients of the weight
+// for some inputs smaller than the kernel's window: 2 x 6 x 6 by 3 x 3 x 3, or 6 x 1 by 3 x 3 with
+// a stride.
+ScalarType conv_type(ScalarType given, const Sizes& input, const Sizes& kernel,
+                     const Sizes& dilation) {
+  const ScalarType type = product_type(given);
+  if (type != ScalarType::BFloat16) return type;
+  for (size_t d = 0; d < kernel.size() && d + 2 < input.size() && d < dilation.size(); d++)
+    if (input[d + 2] <= dilation[d] * (kernel[d] - 1)) return ScalarType::Float;
+  return type;
+}
+
+// One layer and the dtype that the library computes it in. input: the shape of x, two entries or
+// more.
 struct DenseConv {
   const char* op;
   const Sizes &kernel, &stride, &padding, &dilation;
@@ -40,7 +59,7 @@ struct DenseConv {
   std::shared_ptr<const PlanEntry> entry;
   Sizes weight_shape;
 
-  DenseConv(const char* op, const Tensor& like, const char* like_name, int64_t channels,
+  DenseConv(const char* op, const Tensor& like, const char* like_name, const Sizes& input,
             const Tensor& crow, const Tensor& col, const Tensor& key, const Sizes& kernel,
             const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups)
       : op(op),
@@ -50,8 +69,9 @@ struct DenseConv {
         dilation(dilation),
         groups(groups),
         given(like.scalar_type()),
-        type(product_type(given)) {
+        type(conv_type(given, input, kernel, dilation)) {
     dtype_of(op, like_name, like);
+    const int64_t channels = input[1];
     require(kernel.size() == 2 || kernel.size() == 3, op,
             "kernel_size must have 2 or 3 entries, got ", kernel.size());
     require(groups >= 1 && channels % groups == 0, op, "groups (", groups,
@@ -139,8 +159,7 @@ struct DenseConv {
       const Tensor own = bias ? part(*bias, 0, i) : x;
       const Tensor result = convolve(x, weight(i, values), bias ? &own : nullptr);
       if (!i) {
-        Sizes sizes;
-        for (int64_t d = 0; d < result.dim(); d++) sizes.push_back(result.size(d));
+        Sizes sizes = sizes_of(result);
         sizes[1] = entry->pattern().rows;
         y = torch::stable::new_empty(result, sizes);
       }
@@ -217,7 +236,7 @@ Tensor conv_dense(const Tensor& x, const Tensor& values, const std::optional<Ten
                   Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
   constexpr const char* op = "conv_dense";
   require(x.dim() >= 2, op, "x must have 4 or 5 dimensions, got shape ", shape_of(x));
-  const DenseConv conv(op, values, "values", x.size(1), crow, col, key, kernel, stride, padding,
+  const DenseConv conv(op, values, "values", sizes_of(x), crow, col, key, kernel, stride, padding,
                        dilation, groups);
   check_floats(op, "x", x, conv.dims(), "values", conv.given);
   const Tensor bias_wide = bias ? as_type(*bias, conv.type) : x;
@@ -232,7 +251,7 @@ Tensor conv_dense_grad_input(const Tensor& grad, const Tensor& values, const Ten
   constexpr const char* op = "conv_dense_grad_input";
   require(input_size.size() >= 2, op, "input_size must have 4 or 5 entries, got ",
           input_size.size());
-  const DenseConv conv(op, values, "values", input_size[1], crow, col, key, kernel, stride, padding,
+  const DenseConv conv(op, values, "values", input_size, crow, col, key, kernel, stride, padding,
                        dilation, groups);
   check_floats(op, "grad", grad, conv.dims(), "values", conv.given);
   check_length(op, "input_size", static_cast<int64_t>(input_size.size()), "dimensions of the input",
@@ -252,7 +271,7 @@ std::tuple<Tensor, Tensor> conv_dense_grad_values(const Tensor& grad, const Tens
                                                   bool bias) {
   constexpr const char* op = "conv_dense_grad_values";
   require(x.dim() >= 2, op, "x must have 4 or 5 dimensions, got shape ", shape_of(x));
-  const DenseConv conv(op, x, "x", x.size(1), crow, col, key, kernel, stride, padding, dilation,
+  const DenseConv conv(op, x, "x", sizes_of(x), crow, col, key, kernel, stride, padding, dilation,
                        groups);
   check_floats(op, "grad", grad, conv.dims(), "x", conv.given);
   const auto gradients = conv.backward(grad, x, nullptr, false, true, bias);
@@ -266,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_dense_backward(const Tensor& grad, const
                                                        Sizes dilation, int64_t groups, bool bias) {
   constexpr const char* op = "conv_dense_backward";
   require(x.dim() >= 2, op, "x must have 4 or 5 dimensions, got shape ", shape_of(x));
-  const DenseConv conv(op, values, "values", x.size(1), crow, col, key, kernel, stride, padding,
+  const DenseConv conv(op, values, "values", sizes_of(x), crow, col, key, kernel, stride, padding,
                        dilation, groups);
   check_floats(op, "x", x, conv.dims(), "values", conv.given);
   check_floats(op, "grad", grad, conv.dims(), "values", conv.given);
