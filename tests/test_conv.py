@@ -25,7 +25,7 @@ from conv_cases import (
     setting,
 )
 from helpers import BOUND, DTYPES, MASKS, CountOps, error_in_bounds, generator, threads
-from sparsetrain import conv_ops
+from sparsetrain import _conv_choice, conv_ops
 from sparsetrain._conv_choice import Problem, choose, explain
 from sparsetrain._planner import DIRECTIONS, Choice
 from sparsetrain.conv_ops import sparse_conv
@@ -424,7 +424,7 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ),
         (
             {"kernel_size": (1, 1), "stride": (2, 2), "nnz": 2550, "input_shape": (1, 64, 40, 40)},
-            ["native", "dense", "native"],
+            ["dense"] * 3,
         ),
         (
             {"stride": (2, 2), "nnz": 16_000, "input_shape": (1, 64, 56, 56)},
@@ -436,7 +436,10 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ),
     ],
 )
-def test_the_documented_choice(changes: dict[str, Any], families: list[str]) -> None:
+def test_the_documented_choice(
+    changes: dict[str, Any], families: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
     problem = Problem(
         input_shape=(32, 64, 56, 56),
         out_channels=64,
@@ -451,6 +454,33 @@ def test_the_documented_choice(changes: dict[str, Any], families: list[str]) -> 
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
     for line, family in zip(explain(problem).splitlines()[1:], families, strict=True):
         assert line.split()[1] == family
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "stride", "density", "families"),
+    [
+        (32, 28, 1, 0.8, ["native", "native", "dense"]),
+        (8, 28, 1, 0.9, ["native"] * 3),
+        (8, 28, 2, 0.7, ["native", "native", "dense"]),
+        (1, 28, 2, 0.7, ["native", "dense", "dense"]),
+        (1, 7, 1, 0.7, ["native", "native", "dense"]),
+        (1, 14, 2, 0.5, ["native", "dense", "native"]),
+    ],
+)
+def test_the_documented_choice_for_1x1_on_whole_512_bit_vectors(
+    batch: int,
+    size: int,
+    stride: int,
+    density: float,
+    families: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", True)
+    monkeypatch.setattr(_conv_choice, "_FILLING", 16)
+    nnz = int(density * 256 * 256)
+    window = ((1, 1), (stride, stride), (0, 0), (1, 1))
+    problem = Problem((batch, 256, size, size), 256, nnz, *window, 1, torch.float32)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
 
 
 @pytest.mark.parametrize(("nnz", "family"), [(2_000, "unfolded"), (5_000, "dense")])

@@ -70,13 +70,17 @@ _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.5
 # Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
 _PIXELS = 64
 _FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.25, "grad_values": 0.35}
-_FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_values": 0.40}
-_FEW_PIXELS_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.95}
 # A stride leaves the library less to gain in grad_input, and more in forward.
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.45, 1.0
 _STRIDED_FEW_FORWARD = 0.50
-_STRIDED_1X1_PIXELS = 512
-_STRIDED_1X1_FEW: _BreakEvens = {"forward": 0.95, "grad_input": 0.60, "grad_values": 0.95}
+_STRIDED_1X1_PIXELS, _STRIDED_1X1_FEW_PIXELS = 512, 0.60
+# 1 x 1 where 512-bit vectors are computed whole (Zen 5), on which the library gains less.
+_IS_WIDE = _native.cpu_kind() == "wide"
+_WIDE_FILLED: _BreakEvens = {"forward": 0.85, "grad_input": 0.95, "grad_values": 0.75}
+_WIDE_FEW: _BreakEvens = {"forward": 0.95, "grad_input": 0.95, "grad_values": 0.95}
+_WIDE_STRIDED: _BreakEvens = {"forward": 0.75, "grad_input": 1.0, "grad_values": 0.60}
+_WIDE_FEW_PIXELS: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_values": 0.40}
+_WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.60}
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # The smallest batch that fills vectors: lanes are samples from there on.
@@ -94,22 +98,32 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
+    if pointwise and _IS_WIDE:
+        return _wide_pointwise(direction, problem, filled)
     if _output_pixels(problem) < _PIXELS:
-        strided = math.prod(problem.stride) > 1
-        of_1x1 = _FEW_PIXELS_STRIDED if strided else _FEW_PIXELS_1X1
-        return (of_1x1 if pointwise else _FEW_PIXELS)[direction]
+        return _FEW_PIXELS[direction]
     if math.prod(problem.stride) > 1:
-        if pointwise and _output_pixels(problem) < _STRIDED_1X1_PIXELS:
-            return _STRIDED_1X1_FEW[direction]
         if direction == "grad_input":
-            if pointwise:
-                return _STRIDED_1X1
-            return _STRIDED if filled else _STRIDED_FEW
+            if not pointwise:
+                return _STRIDED if filled else _STRIDED_FEW
+            few = _output_pixels(problem) < _STRIDED_1X1_PIXELS
+            return _STRIDED_1X1_FEW_PIXELS if few else _STRIDED_1X1
         if direction == "forward" and not pointwise and not filled:
             return _STRIDED_FEW_FORWARD
     if pointwise:
         return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
     return (_FILLED if filled else _FEW)[direction]
+
+
+def _wide_pointwise(direction: Direction, problem: Problem, filled: bool) -> float:
+    pixels, strided = _output_pixels(problem), math.prod(problem.stride) > 1
+    if pixels < _PIXELS:
+        return (_WIDE_FEW_STRIDED if strided else _WIDE_FEW_PIXELS)[direction]
+    if strided and direction == "grad_input" and pixels < _STRIDED_1X1_PIXELS:
+        return _STRIDED_1X1_FEW_PIXELS
+    if strided:
+        return _WIDE_STRIDED[direction]
+    return (_WIDE_FILLED if filled else _WIDE_FEW)[direction]
 
 
 def _output_pixels(problem: Problem) -> int:
@@ -148,12 +162,21 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | with a stride above 1                 | 0.50    | 0.45       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
-    | float32  | less than 512 pixels of all images    | 0.95    | 0.60       | 0.95        |
+    | float32  | less than 512 pixels of all images    |         | 0.60       |             |
     | float32  | less than 64 pixels of all images     | 0.60    | 0.25       | 0.35        |
-    | float32  | 1 x 1                                 | 0.95    | 0.75       | 0.40        |
-    | float32  | 1 x 1 with a stride                   | 0.95    | 0.40       | 0.95        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
+
+    and for float32 and 1 x 1 on AMD's CPUs that compute 512-bit vectors whole:
+
+    | for                                          | forward | grad_input | grad_values |
+    |----------------------------------------------|---------|------------|-------------|
+    | batches of 16 or more                        | 0.85    | 0.95       | 0.75        |
+    | smaller batches                              | 0.95    | 0.95       | 0.95        |
+    | with a stride, any batch                     | 0.75    | 1.00       | 0.60        |
+    | with a stride, less than 512 pixels          |         | 0.60       |             |
+    | less than 64 pixels                          | 0.95    | 0.75       | 0.40        |
+    | with a stride, less than 64 pixels           | 0.95    | 0.40       | 0.60        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.
