@@ -138,16 +138,17 @@ def info() -> dict[str, Any]:
     """What a bug report or a benchmark needs to say about the machine and the build.
 
     Returns a dict of plain values: ``isa`` (kernels in use), ``isas_available`` (best first),
-    ``cpu_model``, ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (of torch,
-    now), ``library`` (path), ``compiler``, ``autograd`` ("C++", or "Python" where the part that
-    needs the torch it was built with is missing) and ``versions`` (of the kernels: a hash of
-    their sources).
+    ``cpu_model``, ``cpu_kind`` (what the kernels suppose of it, see csrc/kernels/cpu.h),
+    ``cpu_count`` (cores this process may use), ``caches``, ``threads`` (of torch, now),
+    ``library`` (path), ``compiler``, ``autograd`` ("C++", or "Python" where the part that needs the
+    torch it was built with is missing) and ``versions`` (of the kernels: a hash of their sources).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "isa": _ISA,
         "isas_available": list(_ISAS_AVAILABLE),
         "cpu_model": _cpu_model(),
+        "cpu_kind": _CPU,
         "cpu_count": cores,
         "caches": _caches(),
         "threads": torch.get_num_threads(),
