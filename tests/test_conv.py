@@ -238,8 +238,10 @@ def test_a_sum_and_a_mean_over_pixels_send_back_expanded_gradients() -> None:
         setting(200, 810, (3, 3), (4, 5), padding=1),
         setting(200, 810, (3, 3), (5, 5), padding=1, stride=2),
         setting(100, 530, (3, 3, 3), (2, 3, 4), padding=1),
+        setting(70_000, 20, (1, 1), (2, 2)),
+        setting(35_000, 40, (1, 1), (2, 2)),
     ],
-    ids=["2d", "stride_2", "3d"],
+    ids=["2d", "stride_2", "3d", "few_channels", "few_channels_in_two"],
 )
 def test_a_large_dense_weight_is_made_in_pieces(what: Setting, dtype: torch.dtype) -> None:
     case = make_case(what, 2, dtype, 0.5)

@@ -95,7 +95,8 @@ struct DenseConv {
       if (step > 1) return 1;
     const int64_t bytes =
         entry->pattern().rows * entry->pattern().cols * (type == ScalarType::Double ? 8 : 4);
-    return std::max<int64_t>(1, (bytes + kPieceBytes - 1) / kPieceBytes);
+    const int64_t most = entry->pattern().rows / 16;  // of 16 channels or more
+    return std::max<int64_t>(1, std::min((bytes + kPieceBytes - 1) / kPieceBytes, most));
   }
   int64_t first(int64_t i) const {
     const int64_t channels = entry->pattern().rows, count = pieces();
