@@ -39,6 +39,9 @@ CpuKind cpu_kind() {
 
 const char* cpu_kind_name() { return forced() == -2 ? "" : kNames[static_cast<int>(cpu_kind())]; }
 
+bool is_intel() { return cpu_kind() == CpuKind::intel; }
+bool expands_fast() { return cpu_kind() == CpuKind::wide; }
+
 int64_t cache_bytes(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   const int64_t bytes = sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE);

@@ -1,4 +1,5 @@
-// What differs between CPUs beyond instruction sets and the sizes of caches.
+// What differs between CPUs beyond instruction sets and the sizes of caches. (Nothing inline here:
+// instruction sets would share its code.)
 #pragma once
 
 #include <cstdint>
@@ -18,10 +19,10 @@ int64_t cache_bytes(int level);
 // Intel's hide the way from L2 and follow streams better unasked: asking costs them 3-10 %, and
 // gives AMD's 0-8 %. Long rows packed in pieces gain 2-4 % there and lose as much on AMD's, as do
 // operands' addresses in registers of their own (simd-inl.h).
-inline bool is_intel() { return cpu_kind() == CpuKind::intel; }
+bool is_intel();
 
 // Whether AVX-512's instructions that expand and compress vectors beat tables: by 1.1-1.5 times
 // where vectors are computed whole; in halves tables do by 1.2, on Intel's they are as fast.
-inline bool expands_fast() { return cpu_kind() == CpuKind::wide; }
+bool expands_fast();
 
 }  // namespace sparsetrain
