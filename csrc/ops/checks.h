@@ -150,7 +150,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 // Uninitialised and contiguous. Straight to the allocator: through the dispatcher it costs more
 // than a small kernel.
 inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
-  int64_t strides[4] = {1, 1, 1, 1};  // dim <= 4
+  int64_t strides[5] = {1, 1, 1, 1, 1};  // dim <= 5
   for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes[d + 1];
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
