@@ -50,7 +50,7 @@ RESULTS = (
     (
         "layers_small_batches_tuned",
         ("layers",),
-        "Layers at batch 1 and 8, tuned, as far as time went",
+        "Every layer of five networks, batch 1 and 8, tuned",
     ),
     ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),
     ("memory", ("memory",), "Memory"),
