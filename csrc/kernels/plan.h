@@ -99,6 +99,7 @@ constexpr int64_t kMostDenseBlock = 32 << 10;
 
 // Of the operand of a dense pattern's block.
 int64_t dense_block_bytes();
+
 // For convolutions.
 constexpr double kWideDensity = 0.35;
 constexpr double kNonzerosPerCell = 7.5;

@@ -58,6 +58,7 @@ struct DenseConv {
   ScalarType given, type;
   std::shared_ptr<const PlanEntry> entry;
   Sizes weight_shape;
+  int64_t pieces;  // of the output channels, about the same size: [first(i), first(i + 1))
 
   DenseConv(const char* op, const Tensor& like, const char* like_name, const Sizes& input,
             const Tensor& crow, const Tensor& col, const Tensor& key, const Sizes& kernel,
@@ -85,10 +86,10 @@ struct DenseConv {
     }
     entry = plan_for(op, key, crow, col, cols);
     weight_shape[0] = entry->pattern().rows;
+    pieces = count_pieces();
   }
 
-  // Pieces of the output channels, of about the same size: [first(i), first(i + 1)).
-  int64_t pieces() const {
+  int64_t count_pieces() const {
     // Sums of pieces would be rounded to bfloat16 once more.
     if (full() || groups > 1 || type == ScalarType::BFloat16) return 1;
     for (int64_t step : stride)
@@ -99,8 +100,8 @@ struct DenseConv {
     return std::max<int64_t>(1, std::min((bytes + kPieceBytes - 1) / kPieceBytes, most));
   }
   int64_t first(int64_t i) const {
-    const int64_t channels = entry->pattern().rows, count = pieces();
-    return i == count ? channels : channels * i / count / 16 * 16;
+    const int64_t channels = entry->pattern().rows;
+    return i == pieces ? channels : channels * i / pieces / 16 * 16;
   }
   int64_t size(int64_t i) const { return first(i + 1) - first(i); }
 
@@ -153,10 +154,9 @@ struct DenseConv {
 
   // x and bias: of the type of the product; values: checked
   Tensor forward(const Tensor& x, const Tensor& values, const Tensor* bias) const {
-    const int64_t count = pieces();
-    if (count == 1) return convolve(x, weight(0, values), bias);
+    if (pieces == 1) return convolve(x, weight(0, values), bias);
     Tensor y(nullptr);
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < pieces; i++) {
       const Tensor own = bias ? part(*bias, 0, i) : x;
       const Tensor result = convolve(x, weight(i, values), bias ? &own : nullptr);
       if (!i) {
@@ -171,24 +171,24 @@ struct DenseConv {
   }
 
   struct Gradients {
-    Tensor x, values, bias;  // x and bias null where not wanted
+    Tensor x, values, bias;  // null where not wanted
   };
   // values: checked, or null without needs_x
   Gradients backward(const Tensor& grad, const Tensor& x, const Tensor* values, bool needs_x,
                      bool needs_values, bool needs_bias) const {
     const Tensor grad_wide = as_type(grad, type), x_wide = as_type(x, type);
-    const int64_t count = pieces(), channels = entry->pattern().rows;
-    Gradients all{Tensor(nullptr), empty_values(), Tensor(nullptr)};
-    for (int64_t i = 0; i < count; i++) {
+    Gradients all{Tensor(nullptr), needs_values ? empty_values() : Tensor(nullptr),
+                  Tensor(nullptr)};
+    for (int64_t i = 0; i < pieces; i++) {
       // Without needs_x only the shape of the weight counts.
       auto [dx, dweight, dbias] =
-          gradients(count == 1 ? grad_wide : part(grad_wide, 1, i), x_wide,
-                    needs_x ? weight(i, *values) : scratch(i), needs_x, needs_values, needs_bias);
+          gradients(part(grad_wide, 1, i), x_wide, needs_x ? weight(i, *values) : scratch(i),
+                    needs_x, needs_values, needs_bias);
       if (needs_x) all.x = i ? sum(all.x, dx) : dx;
       if (needs_values) read_back(i, dweight, &all.values);
       if (!needs_bias) continue;
-      if (!i) all.bias = count == 1 ? dbias : torch::stable::new_empty(dbias, {channels});
-      if (count == 1) continue;
+      if (!i) all.bias = pieces == 1 ? dbias : torch::stable::new_empty(dbias, {weight_shape[0]});
+      if (pieces == 1) break;
       Tensor to = part(all.bias, 0, i);
       torch::stable::copy_(to, dbias);
     }
@@ -200,7 +200,7 @@ struct DenseConv {
 
  private:
   Tensor part(Tensor t, int64_t dim, int64_t i) const {
-    return torch::stable::narrow(t, dim, first(i), size(i));
+    return pieces == 1 ? t : torch::stable::narrow(t, dim, first(i), size(i));
   }
   static Tensor sum(const Tensor& a, const Tensor& b) {
     AtenTensorHandle result = nullptr;
