@@ -248,6 +248,17 @@ std::vector<Chosen> chosen_shapes(bool quick) {
       conv(1, 50, 28, 28, 70, 1, 1),
       conv(2, 40, 28, 28, 60, 3, 3).stride(2, 2).padding(1, 1).at(0.2),
       conv(1, 51, 15, 57, 33, 2, 4).stride(1, 3).padding(1, 3).groups(3).at(0.3),
+      // Few pixels, as linear layers of the unfolded input: one tile and several, tiles that begin
+      // inside an image, steps of 1, 2 and 3 columns, images that padding exceeds.
+      conv(1, 40, 7, 7, 70, 3, 3).padding(1, 1),
+      conv(1, 33, 14, 14, 120, 3, 3).stride(2, 2).padding(1, 1).at(0.4),
+      conv(1, 20, 14, 14, 130, 3, 3).padding(1, 1).at(1),
+      conv(3, 30, 7, 7, 90, 3, 3).padding(1, 1).at(0.7),
+      conv(2, 20, 13, 14, 90, 2, 3).stride(2, 3).padding(1, 3).dilation(1, 2).at(0.6),
+      conv(2, 15, 11, 33, 100, 3, 4).stride(3, 2).padding(2, 0).at(0.6),
+      conv(1, 12, 2, 3, 90, 3, 3).padding(3, 2).dilation(2, 1).at(0.6),
+      conv(1, 200, 7, 7, 150, 1, 1),
+      conv(2, 60, 9, 7, 90, 1, 1).stride(2, 2).padding(1, 0),
       // Many strips.
       conv(33, 20, 28, 28, 5, 3, 3).padding(1, 1).at(0.05),
       conv(33, 64, 14, 14, 20, 1, 1).at(0.15),

@@ -409,7 +409,16 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ({"nnz": 30_000}, ["dense", "dense", "native"]),
         ({"nnz": 27_000}, ["native", "dense", "native"]),
         ({"nnz": 33_000, "input_shape": (64, 64, 56, 56)}, ["native"] * 3),
-        ({"nnz": 20_500, "input_shape": (1, 64, 7, 7)}, ["native", "dense", "dense"]),
+        ({"nnz": 20_500, "input_shape": (1, 64, 7, 7)}, ["native", "dense", "native"]),
+        ({"nnz": 30_000, "input_shape": (1, 64, 7, 7)}, ["dense", "dense", "native"]),
+        (
+            {"out_channels": 256, "nnz": 95_000, "input_shape": (1, 64, 14, 14)},
+            ["native", "dense", "native"],
+        ),
+        (
+            {"out_channels": 128, "nnz": 47_500, "input_shape": (1, 64, 14, 14)},
+            ["native", "dense", "dense"],
+        ),
         ({"nnz": 20_000}, ["native"] * 3),
         ({"nnz": 20_000, "input_shape": (1, 64, 56, 56)}, ["native", "dense", "dense"]),
         ({"nnz": 36_864, "input_shape": (1, 64, 56, 56)}, ["dense"] * 3),
@@ -464,9 +473,9 @@ def test_the_documented_choice(
         (32, 28, 1, 0.8, ["native", "native", "dense"]),
         (8, 28, 1, 0.9, ["native"] * 3),
         (8, 28, 2, 0.7, ["native", "native", "dense"]),
-        (1, 28, 2, 0.7, ["native", "dense", "dense"]),
-        (1, 7, 1, 0.7, ["native", "native", "dense"]),
-        (1, 14, 2, 0.5, ["native", "dense", "native"]),
+        (1, 28, 2, 0.75, ["native", "native", "dense"]),
+        (1, 7, 1, 0.75, ["native", "native", "dense"]),
+        (1, 14, 2, 0.85, ["native", "dense", "dense"]),
     ],
 )
 def test_the_documented_choice_for_1x1_on_whole_512_bit_vectors(

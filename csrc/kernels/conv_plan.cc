@@ -406,6 +406,35 @@ SampleTables::SampleTables(const ConvSide& s, int64_t vector_lanes) {
   }
 }
 
+// Vectors of pixels of the result, where lanes are pixels: rows of as many images side by side as
+// fit best, or, where nothing shifts them, pixels of all images in one run.
+static int64_t vectors_of_pixels(const ConvShape& s, int64_t lanes) {
+  const int64_t plane = s.out_size[0] * s.out_size[1];
+  if (s.kernel[0] * s.kernel[1] == 1 && !s.padding[0] && !s.padding[1])
+    return div_up(s.batch * plane, lanes);
+  int64_t fewest = INT64_MAX;
+  for (int64_t n = 1; n <= std::min(s.batch, kMostImages); n++)
+    fewest =
+        std::min(fewest, div_up(s.batch, n) * s.out_size[0] * div_up(n * s.out_size[1], lanes));
+  return fewest;
+}
+
+// A nonzero costs one unit for each vector; in rows of pixels 4 more, for its value and gradient,
+// which are in another order than the pattern's. To unfold a column, and fold its gradient, costs
+// as much as 17 nonzeros.
+bool samples_are_pixels(const Plan& plan, const ConvShape& s, const ConvVectors& v) {
+  const int64_t pixels = s.batch * s.out_size[0] * s.out_size[1];
+  // The unfolded input is no larger than the dense weight and its gradient would be.
+  if (s.groups > 1 || !pixels || pixels > 2 * s.out_channels) return false;
+  if (lanes_are_samples(s, v)) return false;
+  const Pattern& p = plan.pattern();
+  const double in_column = static_cast<double>(p.nnz) / static_cast<double>(p.cols);
+  constexpr double kUnfolding = 17;
+  const double rows = static_cast<double>(vectors_of_pixels(s, v.lanes)) * (in_column + 1);
+  const double columns = static_cast<double>(div_up(pixels, v.lanes)) * (in_column + kUnfolding);
+  return columns <= rows + 4 * in_column;
+}
+
 bool lanes_are_samples(const ConvShape& s, const ConvVectors& v) {
   const int64_t filled = div_up(s.batch, v.lanes) * v.lanes;
   const bool pointwise = s.kernel[0] * s.kernel[1] == 1;

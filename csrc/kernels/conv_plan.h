@@ -11,6 +11,8 @@
 // convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
 // row of results for each (phase, channel).
 //
+// Where pixels are few, a linear layer of the unfolded input is faster: conv_columns-inl.h.
+//
 // Where the batch fills vectors, lanes are samples instead: a vector is one pixel of as many images
 // as it has lanes. Then moving by a column is adding a constant to an address too, so that one copy
 // of each plane, with zeros around it, serves every kernel position, whatever the size of the
@@ -112,6 +114,9 @@ struct SampleTables {
   std::vector<int32_t> slots, gaps, places;
 };
 
+// Whether this is computed as a linear layer of the unfolded input (conv_columns-inl.h): the same
+// for all directions and thread counts.
+bool samples_are_pixels(const Plan& plan, const ConvShape& shape, const ConvVectors& vectors);
 // Whether lanes are samples: the same for all directions, sparsities and thread counts.
 bool lanes_are_samples(const ConvShape& shape, const ConvVectors& vectors);
 

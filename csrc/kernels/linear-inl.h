@@ -171,23 +171,40 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
 }
 
 // Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2.
-template <class S>
-ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const Matrix& x, int64_t t,
-                          const Side& side, int64_t b, Sum<S>* scratch) {
+template <class S, class X>
+ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, const Side& side,
+                          int64_t b, Sum<S>* scratch) {
   const int64_t first = side.first_column(b);
   const int64_t begin = first * tile_lanes<Sum<S>>(tiling.vectors(t));
   pack<S>(tiling, x, t, first, side.first_column(b + 1), scratch - begin);
 }
 
-// y = x side^T + bias for either orientation, from packed tiles.
+// Results as rows of samples: a contiguous (batch, features) tensor.
 template <class S>
+struct RowsOut {
+  S* data;
+  int64_t batch, features;
+
+  // Features [r0, r1) of tile t, from its chunk of results.
+  template <int NV>
+  void put(const Tiling<Sum<S>>& tiling, int64_t t, int64_t r0, int64_t r1,
+           const Sum<S>* chunk) const {
+    const bool past_caches = batch * features * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
+    unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, data + tiling.first(t) * features + r0,
+                       features, past_caches);
+  }
+};
+
+// y = x side^T + bias for either orientation, from packed tiles. Samples come from an X, a Matrix
+// or another type with a `pack`; results go to an Out, RowsOut or another type with a `put`.
+template <class S, class Out = RowsOut<S>>
 struct Product {
   typedef Sum<S> T;
   const Side& side;
   const Tiling<T>& tiling;
   const T* values;
   const T* bias;  // side.rows, or null
-  S* y;           // batch x side.rows
+  Out y;          // batch x side.rows
 
   // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
@@ -198,7 +215,8 @@ struct Product {
   }
   // All of tile t, from x. Blocks of x are packed right before their only use, where there is one.
   // tile: side.cols x lanes of scratch.
-  void all(int64_t t, const Matrix& x, T* tile, T* chunk) const {
+  template <class X>
+  void all(int64_t t, const X& x, T* tile, T* chunk) const {
     if (side.rows > tiling.chunk_rows) {
       pack<S>(tiling, x, t, 0, side.cols, tile);
       return rows(t, tile, 0, side.rows, chunk);
@@ -214,9 +232,6 @@ struct Product {
   template <class F>
   ST_INLINE void chunk_of_rows(int64_t t, int64_t r0, int64_t r1, T* chunk,
                                const F& operand) const {
-    const bool past_caches =
-        tiling.batch * side.rows * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
-    S* out = y + tiling.first(t) * side.rows + r0;
     with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
       constexpr int NV = decltype(n)::value;
       constexpr int64_t width = NV * kLanes<T>;
@@ -230,7 +245,7 @@ struct Product {
           });
         });
       }
-      unpack_tile<S, NV>(chunk, tiling.samples(t), r1 - r0, out, side.rows, past_caches);
+      y.template put<NV>(tiling, t, r0, r1, chunk);
     });
   }
 };
@@ -254,14 +269,14 @@ ST_INLINE int64_t part_begin(const Side& side, int64_t p, int64_t parts) {
   return unit * low;
 }
 
-template <class S>
-void spmm(const Product<S>& product, const Matrix& x, const Parallel& parallel) {
+template <class S, class Out, class X>
+void spmm(const Product<S, Out>& product, const X& x, const Parallel& parallel) {
   typedef Sum<S> T;
   const Side& side = product.side;
   const Tiling<T>& tiling = product.tiling;
   if (!tiling.count || !side.rows) return;
   const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.chunk_rows * tiling.lanes;
-  const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
+  const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
   Scratch<T> tiles(tile_size * workers), chunks(chunk_size * workers);
   auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
   auto chunk = [&](int worker) { return chunks.get() + worker * chunk_size; };
@@ -297,8 +312,9 @@ struct Gradient {
   // Adds tile t's share for rows [begin, end) to `values` (nnz, in the order of the side) and
   // `bias` (side.rows). dy: the packed tile; x_tile: side.cols x lanes of scratch. Blocks of x are
   // packed right before their only use, where there is one.
-  void rows(int64_t t, const T* dy, const Matrix& x, T* x_tile, int64_t begin, int64_t end,
-            T* values, T* bias) const {
+  template <class X>
+  void rows(int64_t t, const T* dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
+            T* bias) const {
     const bool once = end - begin <= tiling.chunk_rows;
     if (!once) pack<S>(tiling, x, t, 0, side.cols, x_tile);
     for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
@@ -335,19 +351,19 @@ struct Grouping {
 
 // The backward pass: for each group of tiles, and each part of the rows, dvalues and dbias, and a
 // share of dx. product may be null (dx not wanted).
-template <class S>
+template <class S, class Out, class Dy, class X>
 struct Backward {
   typedef Sum<S> T;
-  const Product<S>* product;
+  const Product<S, Out>* product;
   const Gradient<S>& gradient;
-  const Matrix& dy;
-  const Matrix& x;
+  const Dy& dy;
+  const X& x;
 
   void run(const Parallel& parallel) const {
     const Side& side = gradient.side;
     const Tiling<T>& tiling = gradient.tiling;
     if (!tiling.count) return clear(gradient.dvalues, gradient.dbias, 0, side.rows);
-    const int workers = worth_waking(parallel, (side.nnz + side.rows) * x.rows);
+    const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
     const Grouping cut(tiling.batch, tiling.count, workers);
     const bool apart = cut.groups > 1;
     const int64_t x_size = side.cols * tiling.lanes, dy_size = side.rows * tiling.lanes;
@@ -405,6 +421,25 @@ struct Backward {
   }
 };
 
+// dvalues and dbias (or null) in the type of the storage, and dx by `product`, unless it is null.
+template <class S, class Out, class Dy, class X>
+void grad_values(const Side& side, const Tiling<Sum<S>>& tiling, const Product<S, Out>* product,
+                 const Dy& dy, const X& x, S* dvalues, S* dbias, const Parallel& parallel) {
+  typedef Sum<S> T;
+  auto run = [&](T* values, T* bias) {
+    const Gradient<S> gradient{side, tiling, values, bias};
+    Backward<S, Out, Dy, X>{product, gradient, dy, x}.run(parallel);
+  };
+  if constexpr (sizeof(S) == sizeof(T)) {
+    run(dvalues, dbias);
+  } else {
+    Scratch<T> values(side.nnz), bias(dbias ? side.rows : 0);
+    run(values.get(), dbias ? bias.get() : nullptr);
+    for (int64_t k = 0; k < side.nnz; k++) narrow(values.get()[k], dvalues + k);
+    for (int64_t r = 0; dbias && r < side.rows; r++) narrow(bias.get()[r], dbias + r);
+  }
+}
+
 template <class S>
 void linear_forward(const LinearForward& a) {
   typedef Sum<S> T;
@@ -412,25 +447,8 @@ void linear_forward(const LinearForward& a) {
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.x.rows, side.wide);
   const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
-  spmm<S>({side, tiling, values.get(), bias.get(), static_cast<S*>(a.y)}, a.x, a.parallel);
-}
-
-template <class S>
-void grad_values(const LinearBackward& a, const Tiling<Sum<S>>& tiling, const Product<S>* product) {
-  typedef Sum<S> T;
-  const Side& side = a.plan->forward(kTiles);
-  S* dvalues = static_cast<S*>(a.dvalues);
-  S* dbias = static_cast<S*>(a.dbias);
-  if constexpr (sizeof(S) == sizeof(T)) {
-    const Gradient<S> gradient{side, tiling, dvalues, dbias};
-    Backward<S>{product, gradient, a.dy, a.x}.run(a.parallel);
-  } else {
-    Scratch<T> values(side.nnz), bias(dbias ? side.rows : 0);
-    const Gradient<S> gradient{side, tiling, values.get(), dbias ? bias.get() : nullptr};
-    Backward<S>{product, gradient, a.dy, a.x}.run(a.parallel);
-    for (int64_t k = 0; k < side.nnz; k++) narrow(values.get()[k], dvalues + k);
-    for (int64_t r = 0; dbias && r < side.rows; r++) narrow(bias.get()[r], dbias + r);
-  }
+  const RowsOut<S> y{static_cast<S*>(a.y), a.x.rows, side.rows};
+  spmm(Product<S>{side, tiling, values.get(), bias.get(), y}, a.x, a.parallel);
 }
 
 // dx alone, dvalues alone, or both.
@@ -441,13 +459,16 @@ void linear_backward(const LinearBackward& all) {
   if (!a.dx && !a.dvalues) return;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.dy.rows, side.wide);
-  if (!a.dx) return grad_values<S>(a, tiling, nullptr);
-  const Side& transposed = a.plan->transposed(kTiles);
+  S* dvalues = static_cast<S*>(a.dvalues);
+  S* dbias = static_cast<S*>(a.dbias);
+  const Product<S>* none = nullptr;
+  if (!a.dx) return grad_values(side, tiling, none, a.dy, a.x, dvalues, dbias, a.parallel);
   Scratch<T> values(side.nnz);
   values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
-  const Product<S> product{transposed, tiling, values.get(), nullptr, static_cast<S*>(a.dx)};
-  if (!a.dvalues) return spmm<S>(product, a.dy, a.parallel);
-  grad_values<S>(a, tiling, &product);
+  const RowsOut<S> dx{static_cast<S*>(a.dx), a.dy.rows, side.cols};
+  const Product<S> product{a.plan->transposed(kTiles), tiling, values.get(), nullptr, dx};
+  if (!a.dvalues) return spmm(product, a.dy, a.parallel);
+  grad_values(side, tiling, &product, a.dy, a.x, dvalues, dbias, a.parallel);
 }
 
 }  // namespace

@@ -67,9 +67,13 @@ _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
 _FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.45}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
-# Fewer pixels than fill a tile, all images together (7 x 7 at batch 1).
-_PIXELS = 64
-_FEW_PIXELS: _BreakEvens = {"forward": 0.60, "grad_input": 0.25, "grad_values": 0.35}
+# Fewer pixels, all images together, than twice the output channels: by the linear layer's kernels
+# (csrc/kernels/conv_columns-inl.h); and fewer than fill a tile (7 x 7 at batch 1).
+_PIXELS, _UNFOLDED_CHANNELS = 64, 256
+_UNFOLDED: _BreakEvens = {"forward": 0.70, "grad_input": 0.60, "grad_values": 0.75}
+_UNFOLDED_1X1: _BreakEvens = {"forward": 0.85, "grad_input": 0.80, "grad_values": 0.72}
+_FEW_PIXELS: _BreakEvens = {"forward": 0.80, "grad_input": 0.50, "grad_values": 0.95}
+_FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.90, "grad_input": 0.80, "grad_values": 0.72}
 # A stride leaves the library less to gain in grad_input, and more in forward.
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.45, 1.0
 _STRIDED_FEW_FORWARD = 0.50
@@ -98,10 +102,11 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
+    unfolded = 0.0 if filled else _break_even_unfolded(direction, problem, pointwise)
     if pointwise and _IS_WIDE:
-        return _wide_pointwise(direction, problem, filled)
-    if _output_pixels(problem) < _PIXELS:
-        return _FEW_PIXELS[direction]
+        return max(unfolded, _wide_pointwise(direction, problem, filled))
+    if unfolded:
+        return unfolded
     if math.prod(problem.stride) > 1:
         if direction == "grad_input":
             if not pointwise:
@@ -113,6 +118,18 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     if pointwise:
         return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
     return (_FILLED if filled else _FEW)[direction]
+
+
+def _break_even_unfolded(direction: Direction, problem: Problem, pointwise: bool) -> float:
+    """0 where the native product is not by the kernels of linear layers."""
+    pixels = _output_pixels(problem)
+    if problem.groups > 1 or pixels > 2 * problem.out_channels:
+        return 0.0
+    if pixels < _PIXELS:
+        return (_FEW_PIXELS_1X1 if pointwise else _FEW_PIXELS)[direction]
+    if problem.out_channels < _UNFOLDED_CHANNELS:
+        return 0.0
+    return (_UNFOLDED_1X1 if pointwise else _UNFOLDED)[direction]
 
 
 def _wide_pointwise(direction: Direction, problem: Problem, filled: bool) -> float:
@@ -163,11 +180,18 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
     | float32  | less than 512 pixels of all images    |         | 0.60       |             |
-    | float32  | less than 64 pixels of all images     | 0.60    | 0.25       | 0.35        |
+    | float32  | few pixels of all images (below)      | 0.70    | 0.60       | 0.75        |
+    | float32  | few pixels, 1 x 1                     | 0.85    | 0.80       | 0.72        |
+    | float32  | less than 64 pixels                   | 0.80    | 0.50       | 0.95        |
+    | float32  | less than 64 pixels, 1 x 1            | 0.90    | 0.80       | 0.72        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
 
-    and for float32 and 1 x 1 on AMD's CPUs that compute 512-bit vectors whole:
+    Few pixels, in smaller batches without groups: at most two for each output channel, of 256
+    channels or more where they are 64 or more.
+
+    And for float32 and 1 x 1 on AMD's CPUs that compute 512-bit vectors whole, unless what is above
+    for few pixels is more:
 
     | for                                          | forward | grad_input | grad_values |
     |----------------------------------------------|---------|------------|-------------|
