@@ -40,7 +40,7 @@ CpuKind cpu_kind() {
 const char* cpu_kind_name() { return forced() == -2 ? "" : kNames[static_cast<int>(cpu_kind())]; }
 
 bool is_intel() { return cpu_kind() == CpuKind::intel; }
-bool expands_fast() { return cpu_kind() == CpuKind::wide; }
+bool expands_fast() { return cpu_kind() == CpuKind::wide || cpu_kind() == CpuKind::halves; }
 
 int64_t cache_bytes(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)

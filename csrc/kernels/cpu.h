@@ -21,8 +21,8 @@ int64_t cache_bytes(int level);
 // operands' addresses in registers of their own (simd-inl.h).
 bool is_intel();
 
-// Whether AVX-512's instructions that expand and compress vectors beat tables: by 1.1-1.5 times
-// where vectors are computed whole; in halves tables do by 1.2, on Intel's they are as fast.
+// Whether AVX-512's instructions that expand and compress vectors, their target cleared, beat
+// tables: on AMD's by 1.1-1.5 times. On Intel's, without clearing, they were as fast.
 bool expands_fast();
 
 }  // namespace sparsetrain

@@ -10,7 +10,7 @@ L elements per vector, V = ceil(B / L) vectors of samples and T = ceil(V / 4) ti
                and, unless every weight is a nonzero, panels + converted I O
 
 R is O, or I for grad_input. Everything but the start and the panels is divided among the threads.
-`gathered` is the transposition of the values, which grad_input alone needs. For float32 and up to
+`gathered` is what a nonzero costs whatever the batch: in grad_input, to transpose its value. For float32 and up to
 eight samples the native family has a second way (csrc/kernels/few-inl.h), which it takes where it
 is faster; its work is (bits + samples B) I O.
 """
@@ -96,21 +96,21 @@ _WHOLE = _Costs(
     0.5,
 )
 # The same fit for AVX-512 on 256-bit units (Zen 4), with one and two threads: its choices cost
-# 0.2 %; of 997 layers on batches two are slower than dense by more than 10 % (0.90 and 0.91).
+# 0.35 %; of 993 layers on batches none is slower than dense by more than 10 %.
 _HALVES = _Costs(
     {
-        "forward": _Native(4000, 0.39, 0.017, 16.0, 0, 0),
-        "grad_input": _Native(3900, 0.36, 0, 0, 0.1, 1.2),
-        "grad_values": _Native(5200, 0.33, 0.37, 17.0, 0.077, 0),
+        "forward": _Native(5800, 0.39, 0.02, 7.9, 0.027, 0.085),
+        "grad_input": _Native(5900, 0.36, 0, 3.4, 0.072, 1.1),
+        "grad_values": _Native(7200, 0.31, 0.35, 2.0, 0.19, 0.23),
     },
-    {"forward": (0.078, 0.027), "grad_input": (0.097, 0.022), "grad_values": (0.093, 0.036)},
+    {"forward": (0.049, 0.024), "grad_input": (0.06, 0.019), "grad_values": (0.061, 0.029)},
     {
-        "forward": _Dense(5400, 0.34, 0.19, 0.099, 0.23, 0, 1200),
-        "grad_input": _Dense(4300, 0.32, 0.17, 0.095, 0.23, 0, 800),
-        "grad_values": _Dense(7600, 0.33, 0.26, 0.12, 0.2, 0.09, 1000),
+        "forward": _Dense(8100, 0.35, 0.14, 0.079, 0.16, 0, 2200),
+        "grad_input": _Dense(6700, 0.32, 0.15, 0.082, 0.16, 0, 1500),
+        "grad_values": _Dense(12000, 0.34, 0.19, 0.095, 0.15, 0.046, 1300),
     },
-    0.86,
-    0.63,
+    0.7,
+    0.45,
 )
 # And for AVX-512 on whole units (Zen 5), with one and two threads: 0.1 %; of 1017 layers on batches
 # one, which holds all its weights, is slower than dense by more than 10 %.
