@@ -451,6 +451,7 @@ def test_the_documented_choice(
     changes: dict[str, Any], families: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", False)
     problem = Problem(
         input_shape=(32, 64, 56, 56),
         out_channels=64,
@@ -492,6 +493,17 @@ def test_the_documented_choice_for_1x1_on_whole_512_bit_vectors(
     window = ((1, 1), (stride, stride), (0, 0), (1, 1))
     problem = Problem((batch, 256, size, size), 256, nnz, *window, 1, torch.float32)
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+
+
+def test_the_documented_choice_for_1x1_on_halves_of_512_bit_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", True)
+    window = ((1, 1), (1, 1), (0, 0), (1, 1))
+    problem = Problem((1, 64, 40, 40), 64, int(0.7 * 64 * 64), *window, 1, torch.float32)
+    families = [choose(direction, problem).family for direction in DIRECTIONS]
+    assert families == ["native", "native", "dense"]
 
 
 @pytest.mark.parametrize(("nnz", "family"), [(2_000, "unfolded"), (5_000, "dense")])

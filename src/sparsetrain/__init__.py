@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 
 from sparsetrain import nn
 from sparsetrain.conv_ops import sparse_conv
+from sparsetrain.memory import keep_memory
 from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
@@ -30,6 +31,7 @@ __all__ = [
     "Static",
     "TopKAST",
     "__version__",
+    "keep_memory",
     "load_plans",
     "load_state_dict",
     "nn",

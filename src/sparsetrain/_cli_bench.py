@@ -221,6 +221,10 @@ def models(
     budget: Budget = None,
     json_file: Out = None,
     resume: Resume = False,
+    keep_memory: Annotated[
+        bool,
+        typer.Option("--keep-memory", help="sparsetrain.keep_memory() before it, for all."),
+    ] = False,
     strict: Strict = False,
 ) -> None:
     """Time whole training steps (its help is MODELS_HELP)."""
@@ -239,6 +243,7 @@ def models(
         budget_s=budget,
         json=json_file,
         resume=resume,
+        keep_memory=keep_memory,
     )
     data = _run(benchmark.run, options)
     _finish(data, model_report(data), strict, wrong_results(data))

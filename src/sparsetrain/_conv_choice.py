@@ -67,6 +67,8 @@ _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
 _FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.45}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
+_HAS_512_BITS = _native.vector_lanes()[0] >= 16
+_FEW_1X1_512_BITS: _BreakEvens = {"forward": 0.72, "grad_input": 0.80, "grad_values": 0.65}
 # Fewer pixels, all images together, than twice the output channels: by the linear layer's kernels
 # (csrc/kernels/conv_columns-inl.h); and fewer than fill a tile (7 x 7 at batch 1).
 _PIXELS, _UNFOLDED_CHANNELS = 64, 256
@@ -115,8 +117,10 @@ def _break_even(direction: Direction, problem: Problem) -> float:
             return _STRIDED_1X1_FEW_PIXELS if few else _STRIDED_1X1
         if direction == "forward" and not pointwise and not filled:
             return _STRIDED_FEW_FORWARD
+    if pointwise and filled:
+        return _FILLED_1X1[direction]
     if pointwise:
-        return (_FILLED_1X1 if filled else _FEW_1X1)[direction]
+        return (_FEW_1X1_512_BITS if _HAS_512_BITS else _FEW_1X1)[direction]
     return (_FILLED if filled else _FEW)[direction]
 
 
@@ -178,6 +182,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | smaller batches                       | 0.65    | 0.45       | 0.45        |
     | float32  | with a stride above 1                 | 0.50    | 0.45       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
+    | float32  | 1 x 1, vectors of 512 bits            | 0.72    | 0.80       | 0.65        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
     | float32  | less than 512 pixels of all images    |         | 0.60       |             |
     | float32  | few pixels of all images (below)      | 0.70    | 0.60       | 0.75        |

@@ -10,9 +10,9 @@ L elements per vector, V = ceil(B / L) vectors of samples and T = ceil(V / 4) ti
                and, unless every weight is a nonzero, panels + converted I O
 
 R is O, or I for grad_input. Everything but the start and the panels is divided among the threads.
-`gathered` is what a nonzero costs whatever the batch: in grad_input, to transpose its value. For float32 and up to
-eight samples the native family has a second way (csrc/kernels/few-inl.h), which it takes where it
-is faster; its work is (bits + samples B) I O.
+`gathered` is what a nonzero costs whatever the batch: in grad_input, to transpose its value. For
+float32 and up to eight samples the native family has a second way (csrc/kernels/few-inl.h), which
+it takes where it is faster; its work is (bits + samples B) I O.
 """
 
 from __future__ import annotations

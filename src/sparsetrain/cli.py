@@ -81,6 +81,10 @@ Retime = Annotated[
     typer.Option("--retime", help="Time steps of the finished run in --out again; train nothing."),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads (default: what PyTorch chooses).")]
+KeepMemory = Annotated[
+    bool,
+    typer.Option(help="Keep freed memory for the next step: faster, and 10-35 % more of it."),
+]
 
 TEXT_HELP = """
 Fine-tune a pruned transformer encoder on text classification, sparse (and dense beside it).
@@ -187,6 +191,7 @@ def train_text(
     overwrite: Overwrite = False,
     retime: Retime = False,
     threads: Threads = None,
+    keep_memory: KeepMemory = True,
     title: Annotated[
         str, typer.Option(help="Title of table and plot (default: the model folder).")
     ] = "",
@@ -252,6 +257,7 @@ def train_image(
     overwrite: Overwrite = False,
     retime: Retime = False,
     threads: Threads = None,
+    keep_memory: KeepMemory = True,
     title: Annotated[
         str, typer.Option(help="Title of table and plot (default: the network).")
     ] = "",

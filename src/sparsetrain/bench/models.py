@@ -55,6 +55,7 @@ class Options:
     budget_s: float | None = None
     json: Path | None = None
     resume: bool = False
+    keep_memory: bool = False
 
 
 # ---------------------------------------------------------------- contestants
@@ -110,6 +111,14 @@ def _sparseprop(network: Network, masked: nn.Module) -> nn.Module:
         )
     assert swapped is part
     return model
+
+
+def _keep_memory() -> None:
+    """For every contestant alike: they share the process."""
+    import sparsetrain
+
+    if not sparsetrain.keep_memory():
+        raise RuntimeError("--keep-memory: this C library cannot be told to (glibc can)")
 
 
 CONTESTANTS: dict[str, Callable[[Network, nn.Module], nn.Module]] = {
@@ -168,6 +177,8 @@ def check(network: Network, model: nn.Module, expected: tuple[Tensor, Tensor]) -
 def child(request: Json, save: Callable[[Json], None]) -> Json:
     """Every model with the thread count this process was started with."""
     threads = torch.get_num_threads()
+    if request["keep_memory"]:
+        _keep_memory()
     result: Json = {"threads": threads, "environment": environment(), "rows": [], "profiles": []}
     start = time.perf_counter()
     for number, item in enumerate(request["models"], start=1):
@@ -296,6 +307,7 @@ def _measure_into(data: Json, item: Json, shapes: Json, threads: int, options: O
         "peers": options.peers,
         "tuned": options.tuned,
         "budget_s": options.budget_s or budget,
+        "keep_memory": options.keep_memory,
         "min_rounds": 2 if options.quick else shapes["min_rounds"],
     }
     found = run_child("sparsetrain.bench.models", request, threads)

@@ -44,7 +44,7 @@ RESULTS = (
     ("linear", ("linear", "layers"), "Linear layers"),
     ("conv", ("layers",), "Convolutions"),
     ("models", ("models",), "Whole training steps"),
-    ("models_huge_pages", ("models",), "Whole training steps, memory in pages of 2 MiB"),
+    ("models_kept", ("models",), "Whole training steps, memory kept"),
     ("layers", ("layers",), "Every layer of five networks"),
     ("layers_small_batches", ("layers",), "Every layer of five networks, batch 1 and 8"),
     (

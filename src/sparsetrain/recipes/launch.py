@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sparsetrain.memory import keep_memory
 from sparsetrain.recipes.algorithms import parse_schedule
 from sparsetrain.recipes.checkpoint import write_atomically
 from sparsetrain.recipes.engine import Prunable, Schedule, Task
@@ -68,6 +69,8 @@ def launch(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     options = recipe.options
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        keep_memory()
     session = Session(
         recipe.task,
         recipe.build,
@@ -146,7 +149,8 @@ def _settings(recipe: Recipe) -> Settings:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What must not change between an interrupted run and its continuation."""
-    free = {"resume", "overwrite", "retime", "out", "threads", "title", "data", "checkpoint_every"}
+    free = {"resume", "overwrite", "retime", "out", "data", "title"}
+    free |= {"threads", "keep_memory", "checkpoint_every"}
     values = {k: v for k, v in dataclasses.asdict(recipe.options).items() if k not in free}
     model = values.get("model")
     return {**values, "model": model and str(Path(model).resolve()), **recipe.identity}

@@ -40,6 +40,7 @@ class RunOptions:
     overwrite: bool = False
     retime: bool = False
     threads: int | None = None
+    keep_memory: bool = False
     title: str = ""
 
     #: Numbers that must be in [0, 1), and whole numbers of at least 1.
