@@ -443,6 +443,10 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         ),
         (
             {"stride": (2, 2), "nnz": 19_000, "input_shape": (1, 64, 56, 56)},
+            ["dense", "native", "dense"],
+        ),
+        (
+            {"stride": (2, 2), "nnz": 23_000, "input_shape": (1, 64, 56, 56)},
             ["dense"] * 3,
         ),
     ],

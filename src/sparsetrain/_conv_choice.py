@@ -77,7 +77,7 @@ _UNFOLDED_1X1: _BreakEvens = {"forward": 0.85, "grad_input": 0.80, "grad_values"
 _FEW_PIXELS: _BreakEvens = {"forward": 0.80, "grad_input": 0.50, "grad_values": 0.95}
 _FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.90, "grad_input": 0.80, "grad_values": 0.72}
 # A stride leaves the library less to gain in grad_input, and more in forward.
-_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.45, 1.0
+_STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.60, 1.0
 _STRIDED_FEW_FORWARD = 0.50
 _STRIDED_1X1_PIXELS, _STRIDED_1X1_FEW_PIXELS = 512, 0.60
 # 1 x 1 where 512-bit vectors are computed whole (Zen 5), on which the library gains less.
@@ -180,7 +180,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
     | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
     | float32  | smaller batches                       | 0.65    | 0.45       | 0.45        |
-    | float32  | with a stride above 1                 | 0.50    | 0.45       |             |
+    | float32  | with a stride above 1                 | 0.50    | 0.60       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.60       | 0.50        |
     | float32  | 1 x 1, vectors of 512 bits            | 0.72    | 0.80       | 0.65        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
