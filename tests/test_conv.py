@@ -117,6 +117,47 @@ def test_layers_of_more_than_one_tile(
         check_case(make_case(what, 9, dtype, density))
 
 
+# Few for their channels: by the kernels of linear layers (csrc/kernels/conv_columns-inl.h).
+FEW_PIXELS = {
+    "3x3": (1, setting(24, 90, (3, 3), (7, 7), padding=1)),
+    "3x3_stride_2": (1, setting(20, 100, (3, 3), (13, 14), padding=1, stride=2)),
+    "several_images": (3, setting(24, 90, (3, 3), (5, 6), padding=1)),
+    "several_tiles": (1, setting(16, 130, (3, 3), (14, 14), padding=1)),
+    "1x1": (2, setting(70, 120, (1, 1), (7, 7))),
+    "1x1_stride_2_padding": (2, setting(40, 90, (1, 1), (9, 7), padding=(1, 0), stride=2)),
+    "stride_3": (
+        2,
+        setting(12, 90, (2, 3), (13, 14), padding=(1, 3), stride=(2, 3), dilation=(1, 2)),
+    ),
+    "1d": (1, setting(16, 80, (5,), (40,), padding=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", FEW_PIXELS)
+def test_few_pixels(name: str, dtype: torch.dtype) -> None:
+    batch, what = FEW_PIXELS[name]
+    case = make_case(what, batch, dtype, 0.6)
+    results: list[list[Tensor]] = []
+    with computed_by("sparse"):
+        for count in (1, 2, 4):
+            with threads(count):
+                check_case(case)
+                leaves = [t.detach().requires_grad_() for t in case.leaves]
+                y = case.sparse(*leaves)
+                results.append([y.detach(), *torch.autograd.grad(y, leaves, case.grad)])
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
+
+
+def test_gradients_of_any_order_of_few_pixels() -> None:
+    what = setting(2, 16, (3, 3), (3, 3), padding=1)
+    case = make_case(what, 1, torch.float64, 0.5).require_grad()
+    with computed_by("sparse"):
+        assert torch.autograd.gradcheck(case.sparse, case.leaves)
+        assert torch.autograd.gradgradcheck(case.sparse, case.leaves)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["3x3", "3x3_stride_2", "1x1", "1d", "3d"])

@@ -101,7 +101,7 @@ ST_INLINE void with_tables(const F& f) {
 
 #if defined(__AVX512F__)
 // vexpandps and vcompressps wait for what was in their target, though none of it stays. Cleared, it
-// is nothing to wait for: 1.3 to 2 times faster (AMD family 26).
+// is nothing to wait for: 1.3 to 2 times faster (AMD).
 ST_INLINE Vec<float> expand_cleared(__mmask16 set, __m512 values) {
   Vec<float> to;
   __asm__("vpxord %0, %0, %0\n\tvexpandps %2, %0%{%1%}" : "=&v"(to) : "Yk"(set), "v"(values));

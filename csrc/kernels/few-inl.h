@@ -313,7 +313,7 @@ struct FewCosts {
 // AMD family 25, model 17
 constexpr FewCosts kByTables = {
     {0.095, 0.02, 0, 0.415, 28, 0}, {0.09, 0.0125, 0, 1.04, 10, 0}, {0.1, 0.022, 0, 0.74, 32, 0}};
-// AMD family 26, model 2
+// AMD family 26, model 2; family 25, model 17 chooses well by it too
 constexpr FewCosts kByInstructions = {{0.0385, 0.0085, 2, 0.41, 5.9, 4.5},
                                       {0.05, 0.006, 1.6, 0.82, 6.2, 4.1},
                                       {0.055, 0.012, 2.4, 0.58, 6.6, 5.3}};

@@ -57,6 +57,16 @@ RESULTS = (
     ("linear_halves", ("linear", "layers"), "Linear layers, 512-bit vectors in two halves"),
     ("conv_halves", ("layers",), "Convolutions, 512-bit vectors in two halves"),
     ("layers_halves", ("layers",), "Layers of the two ResNets, 512-bit vectors in two halves"),
+    (
+        "layers_small_batches_halves",
+        ("layers",),
+        "Every layer of five networks, batch 1 and 8, 512-bit vectors in two halves",
+    ),
+    (
+        "layers_small_batches_tuned_halves",
+        ("layers",),
+        "Every layer of five networks, batch 1 and 8, tuned, 512-bit vectors in two halves",
+    ),
     ("linear_intel", ("linear", "layers"), "Linear layers, on an Intel CPU"),
     ("conv_intel", ("layers",), "Convolutions, on an Intel CPU"),
     ("layers_intel", ("layers",), "Layers of four networks, on an Intel CPU, as far as time went"),
