@@ -7,6 +7,7 @@
 
 #include "conv_plan.h"
 #include "linear-inl.h"
+#include "planes-inl.h"
 
 namespace sparsetrain {
 namespace {
@@ -103,23 +104,6 @@ ST_INLINE void with_step(int64_t step, const F& f) {
   f(std::integral_constant<int, 0>{});
 }
 
-// n <= a vector's elements, `step` apart, widened; zeros behind them.
-template <int Step, class S>
-ST_INLINE Vec<Sum<S>> load_pixels(const S* from, int n, int64_t step) {
-  typedef Sum<S> T;
-  constexpr int w = kLanes<T>;
-  if constexpr (Step == 1) {
-    return n == w ? load_widened(from) : load_widened_some(from, n);
-  } else if constexpr (Step == 2) {
-    const int all = 2 * n - 1;  // what lies beyond is not ours
-    const Vec<T> a = all >= w ? load_widened(from) : load_widened_some(from, all);
-    return evens<T>(a, all > w ? load_widened_some(from + w, all - w) : Vec<T>{});
-  } else {
-    T lanes[w];
-    for (int i = 0; i < w; i++) lanes[i] = i < n ? widen(from[i * step]) : 0;
-    return loadu<T>(lanes);
-  }
-}
 // to[i * step] += lane i of v, for n lanes; others are zero. Touches two vectors from `to` on.
 template <int Step, class T>
 ST_INLINE void add_pixels(Vec<T> v, int n, int64_t step, T* to) {
@@ -285,23 +269,11 @@ void columns_backward(const ConvBackward& a) {
   const Columns<S> x{static_cast<const S*>(a.x), s.in_channels, s.in_size[0] * s.in_size[1], runs};
   const Columns<S> dy{static_cast<const S*>(a.dy), s.out_channels, s.out_size[0] * s.out_size[1],
                       own};
-  S* dvalues = static_cast<S*>(a.dvalues);
-  S* dbias = static_cast<S*>(a.dbias);
-  const Product<S, ColumnsOut<S>>* none = nullptr;
-  if (!a.dx) return grad_values(side, tiling, none, dy, x, dvalues, dbias, a.parallel);
-  Scratch<T> values(side.nnz);
-  values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
   const int64_t lanes = tiling.count * tiling.lanes;
-  Scratch<T> columns(side.cols * lanes);
-  const ColumnsOut<S> out{columns.get(), lanes};
-  const Product<S, ColumnsOut<S>> product{a.plan->transposed(kTiles), tiling, values.get(), nullptr,
-                                          out};
-  if (a.dvalues) {
-    grad_values(side, tiling, &product, dy, x, dvalues, dbias, a.parallel);
-  } else {
-    spmm(product, dy, a.parallel);
-  }
-  out.fold(s, tiling, runs, static_cast<S*>(a.dx), a.parallel);
+  Scratch<T> columns(a.dx ? side.cols * lanes : 0);
+  const ColumnsOut<S> dx{columns.get(), lanes};
+  gradients<S>(a, tiling, dy, x, dx);
+  if (a.dx) dx.fold(s, tiling, runs, static_cast<S*>(a.dx), a.parallel);
 }
 
 }  // namespace

@@ -451,24 +451,31 @@ void linear_forward(const LinearForward& a) {
   spmm(Product<S>{side, tiling, values.get(), bias.get(), y}, a.x, a.parallel);
 }
 
-// dx alone, dvalues alone, or both.
+// dx alone, dvalues alone, or both, from arguments of a backward pass; dx goes to `out`.
+template <class S, class Args, class Out, class Dy, class X>
+void gradients(const Args& a, const Tiling<Sum<S>>& tiling, const Dy& dy, const X& x,
+               const Out& out) {
+  typedef Sum<S> T;
+  const Side& side = a.plan->forward(kTiles);
+  S* dvalues = static_cast<S*>(a.dvalues);
+  S* dbias = static_cast<S*>(a.dbias);
+  const Product<S, Out>* none = nullptr;
+  if (!a.dx) return grad_values(side, tiling, none, dy, x, dvalues, dbias, a.parallel);
+  Scratch<T> values(side.nnz);
+  values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
+  const Product<S, Out> product{a.plan->transposed(kTiles), tiling, values.get(), nullptr, out};
+  if (!dvalues) return spmm(product, dy, a.parallel);
+  grad_values(side, tiling, &product, dy, x, dvalues, dbias, a.parallel);
+}
+
 template <class S>
 void linear_backward(const LinearBackward& all) {
-  typedef Sum<S> T;
   const LinearBackward a = without_few<S>(all);
   if (!a.dx && !a.dvalues) return;
   const Side& side = a.plan->forward(kTiles);
-  const Tiling<T> tiling(a.dy.rows, side.wide);
-  S* dvalues = static_cast<S*>(a.dvalues);
-  S* dbias = static_cast<S*>(a.dbias);
-  const Product<S>* none = nullptr;
-  if (!a.dx) return grad_values(side, tiling, none, a.dy, a.x, dvalues, dbias, a.parallel);
-  Scratch<T> values(side.nnz);
-  values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
+  const Tiling<Sum<S>> tiling(a.dy.rows, side.wide);
   const RowsOut<S> dx{static_cast<S*>(a.dx), a.dy.rows, side.cols};
-  const Product<S> product{a.plan->transposed(kTiles), tiling, values.get(), nullptr, dx};
-  if (!a.dvalues) return spmm(product, a.dy, a.parallel);
-  grad_values(side, tiling, &product, a.dy, a.x, dvalues, dbias, a.parallel);
+  gradients<S>(a, tiling, a.dy, a.x, dx);
 }
 
 }  // namespace

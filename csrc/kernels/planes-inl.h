@@ -18,6 +18,25 @@ struct Planes {
   const int64_t* step;
 };
 
+// n <= a vector's elements, `step` apart, widened; zeros behind them.
+template <int Step, class S>
+ST_INLINE Vec<Sum<S>> load_pixels(const S* from, int n, int64_t step) {
+  typedef Sum<S> T;
+  constexpr int w = kLanes<T>;
+  if constexpr (Step == 1) {
+    return n == w ? load_widened(from) : load_widened_some(from, n);
+  } else if constexpr (Step == 2) {
+    const int all = 2 * n - 1;  // what lies beyond is not ours
+    const Vec<T> a = all >= w ? load_widened(from) : load_widened_some(from, all);
+    return evens<T>(a, all > w ? load_widened_some(from + w, all - w) : Vec<T>{});
+  } else {
+    T lanes[w];
+    ST_UNROLL
+    for (int i = 0; i < w; i++) lanes[i] = i < n ? widen(from[i * step]) : 0;
+    return loadu<T>(lanes);
+  }
+}
+
 // n elements, step apart, widened, then zeros up to the next whole vector.
 template <class S>
 ST_INLINE void copy_row(const S* from, int64_t step, int64_t n, Sum<S>* to) {
@@ -32,19 +51,12 @@ ST_INLINE void copy_row(const S* from, int64_t step, int64_t n, Sum<S>* to) {
   if (step == 2) {
     for (; i + w < n; i += w)
       storeu<T>(to + i, evens<T>(load_widened(from + 2 * i), load_widened(from + 2 * i + w)));
-    for (; i < n; i += w) {  // the last one: what lies beyond is not ours
-      const int left = static_cast<int>(2 * (n - i) - 1);
-      const Vec<T> a =
-          left >= w ? load_widened(from + 2 * i) : load_widened_some(from + 2 * i, left);
-      const Vec<T> b = left > w ? load_widened_some(from + 2 * i + w, left - w) : Vec<T>{};
-      storeu<T>(to + i, evens<T>(a, b));
-    }
+    if (i < n) storeu<T>(to + i, load_pixels<2>(from + 2 * i, static_cast<int>(n - i), step));
+    return;
   }
-  T rest[w];
   for (; i < n; i += w) {
-    ST_UNROLL
-    for (int j = 0; j < w; j++) rest[j] = i + j < n ? widen(from[(i + j) * step]) : 0;
-    storeu<T>(to + i, loadu<T>(rest));
+    const int left = static_cast<int>(n - i < w ? n - i : w);
+    storeu<T>(to + i, load_pixels<0>(from + i * step, left, step));
   }
 }
 // Zeros from `from` on, up to a vector beyond `to`.

@@ -71,9 +71,9 @@ _HAS_512_BITS = _native.vector_lanes()[0] >= 16
 _FEW_1X1_512_BITS: _BreakEvens = {"forward": 0.72, "grad_input": 0.80, "grad_values": 0.65}
 # Fewer pixels, all images together, than twice the output channels: by the linear layer's kernels
 # (csrc/kernels/conv_columns-inl.h); and fewer than fill a tile (7 x 7 at batch 1).
-_PIXELS, _UNFOLDED_CHANNELS = 64, 256
-_UNFOLDED: _BreakEvens = {"forward": 0.70, "grad_input": 0.60, "grad_values": 0.75}
-_UNFOLDED_1X1: _BreakEvens = {"forward": 0.85, "grad_input": 0.80, "grad_values": 0.72}
+_PIXELS, _COLUMNS_CHANNELS = 64, 256
+_COLUMNS: _BreakEvens = {"forward": 0.70, "grad_input": 0.60, "grad_values": 0.75}
+_COLUMNS_1X1: _BreakEvens = {"forward": 0.85, "grad_input": 0.80, "grad_values": 0.72}
 _FEW_PIXELS: _BreakEvens = {"forward": 0.80, "grad_input": 0.50, "grad_values": 0.95}
 _FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.90, "grad_input": 0.80, "grad_values": 0.72}
 # A stride leaves the library less to gain in grad_input, and more in forward.
@@ -104,11 +104,11 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
-    unfolded = 0.0 if filled else _break_even_unfolded(direction, problem, pointwise)
+    columns = 0.0 if filled else _break_even_of_columns(direction, problem, pointwise)
     if pointwise and _IS_WIDE:
-        return max(unfolded, _wide_pointwise(direction, problem, filled))
-    if unfolded:
-        return unfolded
+        return max(columns, _wide_pointwise(direction, problem, filled))
+    if columns:
+        return columns
     if math.prod(problem.stride) > 1:
         if direction == "grad_input":
             if not pointwise:
@@ -124,16 +124,16 @@ def _break_even(direction: Direction, problem: Problem) -> float:
     return (_FILLED if filled else _FEW)[direction]
 
 
-def _break_even_unfolded(direction: Direction, problem: Problem, pointwise: bool) -> float:
+def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bool) -> float:
     """0 where the native product is not by the kernels of linear layers."""
     pixels = _output_pixels(problem)
     if problem.groups > 1 or pixels > 2 * problem.out_channels:
         return 0.0
     if pixels < _PIXELS:
         return (_FEW_PIXELS_1X1 if pointwise else _FEW_PIXELS)[direction]
-    if problem.out_channels < _UNFOLDED_CHANNELS:
+    if problem.out_channels < _COLUMNS_CHANNELS:
         return 0.0
-    return (_UNFOLDED_1X1 if pointwise else _UNFOLDED)[direction]
+    return (_COLUMNS_1X1 if pointwise else _COLUMNS)[direction]
 
 
 def _wide_pointwise(direction: Direction, problem: Problem, filled: bool) -> float:
