@@ -551,6 +551,28 @@ def test_the_documented_choice_for_1x1_on_halves_of_512_bit_vectors(
     assert families == ["native", "native", "dense"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "density", "families"),
+    [
+        (8, 0.74, ["native", "dense", "native"]),
+        (8, 0.69, ["native"] * 3),
+        (7, 0.64, ["native", "dense", "native"]),  # 7 of 8 lanes: 7/8 of these densities
+        (20, 0.60, ["native", "dense", "native"]),
+        (20, 0.64, ["dense", "dense", "native"]),
+        (9, 0.60, ["native", "dense", "dense"]),  # 9 of 16: lanes are pixels
+        (17, 0.60, ["native", "dense", "dense"]),
+    ],
+)
+def test_the_documented_choice_for_batches_that_fill_vectors_in_part(
+    batch: int, density: float, families: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_SAMPLES", 8)
+    window = ((3, 3), (1, 1), (1, 1), (1, 1))
+    nnz = int(density * 64 * 64 * 9)
+    problem = Problem((batch, 64, 28, 28), 64, nnz, *window, 1, torch.float32)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+
+
 @pytest.mark.parametrize(("nnz", "family"), [(2_000, "unfolded"), (5_000, "dense")])
 def test_the_documented_choice_in_three_dimensions(nnz: int, family: str) -> None:
     three = [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 1, 1)]

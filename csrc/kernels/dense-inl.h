@@ -52,7 +52,7 @@ void gather_row(const Pattern& p, int64_t r, const U* row, U* values) {
 }
 
 #if defined(__AVX2__)
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
 typedef uint16_t Bits __attribute__((may_alias));  // of the weights of one vector
 #else
 typedef uint8_t Bits;
@@ -93,13 +93,13 @@ constexpr ByteTables kByteTables;
 // of their own where there are any.
 template <class F>
 ST_INLINE void with_tables(const F& f) {
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   if (expands_fast()) return f(std::false_type{});
 #endif
   f(std::true_type{});
 }
 
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
 // vexpandps and vcompressps wait for what was in their target, though none of it stays. Cleared, it
 // is nothing to wait for: 1.3 to 2 times faster (AMD).
 ST_INLINE Vec<float> expand_cleared(__mmask16 set, __m512 values) {
@@ -140,7 +140,7 @@ template <bool ByTable>
 ST_INLINE Vec<float> expand(Bits set, const float** values) {
   const float* from = *values;
   *values += __builtin_popcount(set);
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   if constexpr (!ByTable) return expand_cleared(set, _mm512_loadu_ps(from));
 #endif
   return expand_by_table(set, from);
@@ -155,7 +155,7 @@ ST_INLINE __m256 compress_eight(uint8_t set, __m256 weights) {
 // most. Returns their number.
 template <bool ByTable>
 ST_INLINE int compress(Bits set, Vec<float> weights, float* to) {
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   if constexpr (ByTable) {
     const uint8_t low = static_cast<uint8_t>(set), high = static_cast<uint8_t>(set >> 8);
     const __m512 all = reinterpret_cast<__m512>(weights);

@@ -5,9 +5,9 @@
 namespace sparsetrain {
 
 #if defined(__x86_64__)
-extern const KernelTable kTable_avx512, kTable_avx2, kTable_baseline;
-const KernelTable* const kKernelTables[] = {&kTable_avx512, &kTable_avx2, &kTable_baseline,
-                                            nullptr};
+extern const KernelTable kTable_avx512, kTable_avx512vl, kTable_avx2, kTable_baseline;
+const KernelTable* const kKernelTables[] = {&kTable_avx512, &kTable_avx512vl, &kTable_avx2,
+                                            &kTable_baseline, nullptr};
 #elif defined(__aarch64__)
 extern const KernelTable kTable_neon;
 const KernelTable* const kKernelTables[] = {&kTable_neon, nullptr};

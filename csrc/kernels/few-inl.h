@@ -309,7 +309,7 @@ struct FewCost {
 struct FewCosts {
   FewCost forward, grad_input, grad_values;
 };
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
 // AMD family 25, model 17
 constexpr FewCosts kByTables = {
     {0.095, 0.02, 0, 0.415, 28, 0}, {0.09, 0.0125, 0, 1.04, 10, 0}, {0.1, 0.022, 0, 0.74, 32, 0}};

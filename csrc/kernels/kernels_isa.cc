@@ -11,8 +11,8 @@
 
 namespace sparsetrain {
 
-#if defined(__AVX512F__)
-extern const KernelTable kTable_avx2;
+#if defined(ST_512_BITS)
+extern const KernelTable kTable_avx512vl;
 #endif
 
 namespace {
@@ -22,19 +22,22 @@ template <class Args>
 const KernelTable* other_table(const Args&) {
   return nullptr;
 }
-#if defined(__AVX512F__)
-// Eight samples fill vectors of 256 bits, but not of 512, whose lanes are pixels then. Samples are
-// the faster lanes where a convolution is sparse, even so: forward 1.15-1.45 times faster at 90 %,
-// backward 0.96-1.45; at 80 % 0.95-1.15 and 0.88-1.24.
+#if defined(ST_512_BITS)
+// Lanes that are samples, with vectors of half the size. Eight samples fill those, but not whole
+// ones, whose lanes are pixels then: at 90 % whole ones are 0.7-0.87 times as fast forward,
+// 0.7-1.04 backward; at 80 % 0.87-1.05 and 0.8-1.14. Where a CPU computes whole ones in two halves,
+// they are also slower (0.8-0.97) where a batch fills them: twice as many channels fit in L1 with
+// halves.
 template <class Args>
 const KernelTable* conv_table(const Args& a) {
   constexpr double kMostDensity = 0.12;
   const ConvVectors whole = a.dtype == DType::f64 ? conv_vectors<double>() : conv_vectors<float>();
   ConvVectors half = whole;
   half.lanes /= 2;
-  const bool suits = a.plan->density() <= kMostDensity && !lanes_are_samples(a.shape, whole) &&
-                     lanes_are_samples(a.shape, half);
-  return suits ? &kTable_avx2 : nullptr;
+  if (!lanes_are_samples(a.shape, half)) return nullptr;
+  if (cpu_kind() == CpuKind::halves) return &kTable_avx512vl;
+  const bool suits = a.plan->density() <= kMostDensity && !lanes_are_samples(a.shape, whole);
+  return suits ? &kTable_avx512vl : nullptr;
 }
 const KernelTable* other_table(const ConvForward& a) { return conv_table(a); }
 const KernelTable* other_table(const ConvBackward& a) { return conv_table(a); }

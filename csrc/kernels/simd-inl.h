@@ -1,5 +1,7 @@
 // Vectors of the instruction set this translation unit is compiled for. GCC/Clang vector
 // extensions only, so that one source serves SSE2, AVX2, AVX-512 and NEON.
+//
+// SPARSETRAIN_HALF_VECTORS: AVX-512's instructions and registers, with vectors of 256 bits.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SPARSETRAIN_HALF_VECTORS)
+#define ST_512_BITS
 #define SPARSETRAIN_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define SPARSETRAIN_VECTOR_BYTES 32
@@ -70,7 +73,7 @@ struct Four {
   }
   const T* p;
 };
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
 template <int J, int... I>
 ST_INLINE Vec<float> spread_in_fours(Vec<float> v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, ((I & ~3) + J)...);
@@ -212,7 +215,7 @@ ST_INLINE void store(T* p, Vec<T> v) {
 // p: aligned to the vector.
 template <class T>
 ST_INLINE void stream(T* p, Vec<T> v) {
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
 #elif defined(__AVX2__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
@@ -421,7 +424,7 @@ ST_INLINE Vec<float> load_widened(const bf16* p) {
 // The first n < lanes elements, then zeros. Nothing beyond them is touched.
 template <class S>
 ST_INLINE Vec<Sum<S>> load_widened_some(const S* p, int n) {
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   if constexpr (sizeof(S) == 4)
     return reinterpret_cast<Vec<Sum<S>>>(
         _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
@@ -437,7 +440,7 @@ ST_INLINE void store_narrowed(S* p, Vec<Sum<S>> v, int n) {
   if constexpr (sizeof(S) == sizeof(Sum<S>)) {
     if (n == w) return storeu<S>(p, v);
   }
-#if defined(__AVX512F__)
+#if defined(ST_512_BITS)
   if constexpr (sizeof(S) == 4)
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1),
                                  reinterpret_cast<__m512>(v));

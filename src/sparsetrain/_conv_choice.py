@@ -89,8 +89,10 @@ _WIDE_FEW_PIXELS: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_valu
 _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.60}
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
-# The smallest batch that fills vectors: lanes are samples from there on.
+# Samples of a vector, where lanes are samples: vectors are of 256 bits where 512 are computed in
+# halves (csrc/kernels/kernels_isa.cc). And the batch that fills vectors for 1 x 1 kernels.
 _FILLING = max(8, _native.vector_lanes()[0])
+_SAMPLES = 8 if _native.cpu_kind() == "halves" else _FILLING
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
 # costs as much again.
@@ -101,7 +103,24 @@ _UNFOLDED_SHARE = 0.5
 def _break_even(direction: Direction, problem: Problem) -> float:
     if problem.dtype is not torch.float32:
         return _BREAK_EVEN[problem.dtype]
-    filled, pointwise = problem.input_shape[0] >= _FILLING, math.prod(problem.kernel_size) == 1
+    pointwise = math.prod(problem.kernel_size) == 1
+    filled = _filled(problem, pointwise)
+    return (filled or 1.0) * _float32_break_even(direction, problem, pointwise, filled > 0)
+
+
+def _filled(problem: Problem, pointwise: bool) -> float:
+    """How much of its vectors a batch fills, 0 for so little that lanes are pixels instead (by
+    lanes_are_samples in csrc/kernels/conv_plan.cc). 1 x 1 and 3-D: 1 or 0."""
+    batch = problem.input_shape[0]
+    if pointwise or len(problem.kernel_size) == 3:
+        return float(batch >= _FILLING)
+    share = batch / (max(1, math.ceil(batch / _SAMPLES)) * _SAMPLES)
+    return share if share >= 0.75 else 0.0
+
+
+def _float32_break_even(
+    direction: Direction, problem: Problem, pointwise: bool, filled: bool
+) -> float:
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
     columns = 0.0 if filled else _break_even_of_columns(direction, problem, pointwise)
@@ -175,7 +194,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
 
     | dtype    | for                                   | forward | grad_input | grad_values |
     |----------|---------------------------------------|---------|------------|-------------|
-    | float32  | batches of 8 (AVX-512: 16) or more    | 0.75    | 0.70       | 0.85        |
+    | float32  | batches that fill vectors             | 0.75    | 0.70       | 0.85        |
     | float32  | with a stride above 1                 |         | 0.75       |             |
     | float32  | 1 x 1                                 | 0.60    | 0.80       | 0.50        |
     | float32  | an input or output above 32 MiB       | 0.95    | 0.95       | 0.95        |
@@ -192,6 +211,9 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
 
+    A vector has 8 samples, with AVX-512 16 unless the CPU computes 512 bits in halves. Batches that
+    fill three quarters of theirs count, and have that part of the densities above. (1 x 1, and 3-D:
+    batches of 8, with AVX-512 16, or more, and all of it.)
     Few pixels, in smaller batches without groups: at most two for each output channel, of 256
     channels or more where they are 64 or more.
 

@@ -118,7 +118,7 @@ def _version() -> str:
         return "unknown"
 
 
-_VECTOR_BYTES = {"avx512": 64, "avx2": 32}
+_VECTOR_BYTES = {"avx512": 64, "avx512vl": 32, "avx2": 32}
 
 
 @functools.cache
