@@ -116,11 +116,18 @@ struct Builder {
         transposed ? static_cast<int64_t>(s->phases.size()) * s->result_channels : 0;
     return (copies() + other) * v.lane_bytes;
   }
-  // Bytes of the source that the tiles of one block of channels may have, lanes being pixels.
-  int64_t block_bytes() const { return kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes; }
+  // Bytes of the source that the tiles of one block of channels may have.
+  int64_t block_bytes() const {
+    if (s->samples) return tile_budget();
+    if (plan.density() < kWideDensity) return sparse_block_bytes();
+    return std::min(sparse_block_bytes(), s->flat ? dense_block_bytes() : cache_bytes(1));
+  }
+  int64_t sparse_block_bytes() const {
+    return kBlockColumns * v.narrow_tile * v.lanes * v.lane_bytes;
+  }
   void lanes() {
     // Each kernel row reads another row of pixels, so that wide tiles want a larger L1.
-    const bool fits = block_bytes() <= cache_bytes(1);
+    const bool fits = sparse_block_bytes() <= cache_bytes(1);
     const bool wide = plan.density() >= kWideDensity && (fits || kind_of.size() == 1);
     s->tile_lanes = (wide ? v.wide_tile : v.narrow_tile) * v.lanes;
     if (s->samples) return sample_lanes();
@@ -132,6 +139,9 @@ struct Builder {
     }
     s->strips = std::max<int64_t>(1, div_up(s->lanes, s->strip_lanes));
     s->copy_lanes = s->strip_lanes + s->span * s->pitch + v.lanes;
+    if (!s->flat)
+      s->copy_lanes += v.lanes * spread(s->copy_lanes / v.lanes, s->pitch / v.lanes, s->span + 1,
+                                        s->tile_lanes * v.lane_bytes);
     s->centre_lanes = s->strip_lanes + v.lanes;
   }
   bool is_flat() const {
@@ -223,26 +233,27 @@ struct Builder {
     s->strips = div_up(s->grid[0], rows);
     s->strip_rows = std::min(round_up(div_up(s->grid[0], s->strips), unit), s->grid[0]);
     s->strips = div_up(s->grid[0], s->strip_rows);
-    s->copy_lanes = ((s->strip_rows + s->span) * s->pitch + spread_planes()) * v.lanes;
+    const int64_t plane = (s->strip_rows + s->span) * s->pitch;
+    const int64_t width = std::min(s->grid[1], kTileColumns) + column_span;
+    const int64_t free = spread(plane, s->pitch, kTileRows + s->span, width * vector);
+    s->copy_lanes = (plane + free) * v.lanes;
     const int64_t results = s->result_channels * static_cast<int64_t>(s->phases.size());
     const int64_t band = kBandBytes / (results * s->grid[1] * vector);
     s->band_rows = std::min(std::max<int64_t>(band / unit * unit, unit), s->strip_rows);
   }
-  // Vectors to leave free after a plane, so that the tiles of the channels of a block spread evenly
-  // over L1's sets (256 channels of 14 x 14 are 8 KiB apart without: 1.6 times slower).
-  int64_t spread_planes() const {
+  // Vectors to leave free after a plane, so that the tiles of the channels of a block, each of some
+  // rows of `width` bytes, `pitch` vectors apart, spread evenly over L1's sets (256 channels of 14
+  // x 14 are 8 KiB apart without: 1.6 times slower; 64 of 56 x 56 where lanes are pixels: 1.3).
+  int64_t spread(int64_t plane, int64_t pitch, int64_t rows, int64_t width) const {
     constexpr int64_t kLine = 64, kSets = 64, kWays = 8;
     const int64_t vector = v.lanes * v.lane_bytes;
-    const int64_t plane = (s->strip_rows + s->span) * s->pitch;
-    const int64_t width = (std::min(s->grid[1], kTileColumns) + column_span) * vector;
-    const int64_t rows = kTileRows + s->span;
-    const int64_t planes = std::min(copies(), tile_budget() / (width * rows) + 1);
+    const int64_t planes = std::min(copies(), block_bytes() / (width * rows) + 1);
     int64_t best = 0, least_beyond = INT64_MAX;
     for (int64_t pad = 0; pad < 32; pad++) {
       int64_t lines[kSets] = {}, beyond = 0;
       for (int64_t c = 0; c < planes; c++) {
         for (int64_t y = 0; y < rows; y++) {
-          const int64_t from = (c * (plane + pad) + y * s->pitch) * vector;
+          const int64_t from = (c * (plane + pad) + y * pitch) * vector;
           for (int64_t i = from / kLine; i * kLine < from + width; i++) lines[i % kSets]++;
         }
       }
@@ -348,16 +359,11 @@ struct Builder {
     Side& side = s->side;
     if (!side.nnz) return;
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
-    int64_t budget = block_bytes();
-    if (plan.density() >= kWideDensity)
-      budget = std::min(budget, s->flat ? dense_block_bytes() : cache_bytes(1));
     int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
-    if (s->samples) {
-      budget = tile_budget();
+    if (s->samples)
       channel = kinds * (kTileRows + s->span) * (std::min(s->grid[1], kTileColumns) + column_span) *
                 v.lanes * v.lane_bytes;
-    }
-    const int64_t fit = std::max<int64_t>(1, budget / channel);
+    const int64_t fit = std::max<int64_t>(1, block_bytes() / channel);
     const double per_cell = s->samples ? kNonzerosPerTile : kNonzerosPerCell;
     const double most = static_cast<double>(side.nnz) / (side.rows * per_cell);
     side.blocks =
