@@ -17,9 +17,10 @@ constexpr int64_t kStripBytes = 900 << 10;
 constexpr int64_t kFlatStripBytes = 300 << 10, kFlatLanes = 256;
 constexpr int64_t kMostImages = 16;
 // Where lanes are samples a strip need not fit L2: the tiles of a block of channels are read often
-// enough. 1, 2 and 4 times L2 were equally fast; where phases make planes of every second row, once
-// is 1.04-1.1 times faster backward.
-constexpr int64_t kSampleStrip = 2, kPhasesStrip = 1;
+// enough. One of L2's size is 1.04-1.15 times faster than of twice that (128ch/28; most with two
+// threads, and where phases make planes of every second row) unless its rows are too few: 6 at
+// 256ch/14 0.9-1.0, 0.85-0.95 with two threads.
+constexpr int64_t kFewStripRows = 8;
 // Rows of a block of channels should have this many nonzeros, to pay for loading and storing the 14
 // sums: rather than 7.5, 12 were 1.05 times faster at 95 %, 20 slower at 64ch/56.
 constexpr double kNonzerosPerTile = 12;
@@ -225,8 +226,12 @@ struct Builder {
     const int64_t vector = v.lanes * v.lane_bytes;
     s->pitch = s->grid[1] + column_span;
     const int64_t row = s->pitch * copies();
-    const int64_t times = shape.stride[0] * shape.stride[1] > 1 ? kPhasesStrip : kSampleStrip;
-    const int64_t fit = std::min(times * cache_bytes(2) / vector, kShortIndex) / row - s->span;
+    const bool phases = shape.stride[0] * shape.stride[1] > 1;
+    auto rows_of = [&](int64_t bytes) {
+      return std::min(bytes / vector, kShortIndex) / row - s->span;
+    };
+    int64_t fit = rows_of(cache_bytes(2));
+    if (fit < kFewStripRows && !phases) fit = rows_of(2 * cache_bytes(2));
     const int64_t unit = unit_rows();
     const int64_t near = (fit + unit / 2 - 1) / unit * unit;  // 2: below it; 4: the nearest
     const int64_t rows = std::min(std::max(near, unit), s->grid[0]);

@@ -6,6 +6,7 @@ from sparsetrain import nn
 from sparsetrain.conv_ops import sparse_conv
 from sparsetrain.memory import keep_memory
 from sparsetrain.nn._state import load_state_dict
+from sparsetrain.nn.conv1d import to_conv1d, to_linear
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
 from sparsetrain.ops import sparse_linear
 from sparsetrain.pattern import SparsePattern
@@ -40,7 +41,9 @@ __all__ = [
     "sparse_conv",
     "sparse_linear",
     "sparsify",
+    "to_conv1d",
     "to_dense",
+    "to_linear",
     "to_sparse",
     "tune",
 ]

@@ -82,6 +82,8 @@ def select(
             plain.append(place)
     if not plain:
         raise ValueError(_nothing(model, everything, suited, kinds))
+    if exact and include is None and nn.Linear in kinds:
+        _warn_of_conv1d([p for p in everything if not any(_matches(s, p) for s in excluded)])
     return plain
 
 
@@ -157,6 +159,22 @@ def _is_plain(place: Place, kinds: Sequence[type[nn.Module]], included: Sequence
     return False
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, told by its name: nothing here needs transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _warn_of_conv1d(left: Sequence[Place]) -> None:
+    found = [p for p in left if is_conv1d(p.module)]
+    if found:
+        warnings.warn(
+            f"{len(found)} layers stay dense: they are transformers' Conv1D ({_listed(found, 3)}); "
+            "make them torch.nn.Linear first, with sparsetrain.to_linear(model), or exclude them",
+            stacklevel=4,
+        )
+
+
 def _type_names(kinds: Sequence[type[nn.Module]]) -> str:
     return ", ".join(kind.__name__ for kind in kinds)
 
@@ -182,4 +200,6 @@ def _nothing(
     )
     if suited:
         message += f"; left out by include, exclude or their type: {_listed(suited)}"
+    if any(is_conv1d(p.module) for p in everything):
+        message += "; sparsetrain.to_linear makes torch.nn.Linear of transformers' Conv1D"
     return message
