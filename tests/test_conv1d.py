@@ -22,7 +22,7 @@ TOKENS = torch.arange(12).view(2, 6)
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=1
+        n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=16, bos_token_id=0
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -81,9 +81,10 @@ def test_conv1d_is_not_left_dense_in_silence(gpt2: GPT2LMHeadModel) -> None:
     with pytest.raises(ValueError, match=r"8 Conv1D.*sparsetrain\.to_linear"):
         sparsetrain.sparsify(gpt2, 0.9, exclude="lm_head")
     wrapped = nn.ModuleDict({"gpt": gpt2.transformer, "score": nn.Linear(32, 3)})
-    with pytest.warns(UserWarning, match=r"8 layers stay dense.*Conv1D.*and 5 more.*to_linear") as w:
+    with pytest.warns(UserWarning, match=r"8 layers stay dense.*Conv1D.*and 5 more") as seen:
         sparse = sparsetrain.sparsify(wrapped, 0.5)
-    assert w[0].filename == __file__
+    assert seen[0].filename == __file__
+    assert "sparsetrain.to_linear(model)" in str(seen[0].message)
     assert isinstance(sparse["score"], SparseLinear)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,7 +118,7 @@ def test_bad_input_is_refused(gpt2: GPT2LMHeadModel) -> None:
     first, second = gpt2.transformer.h[0].mlp, gpt2.transformer.h[1].mlp
     kept = second.c_fc.weight
     second.c_fc.weight = first.c_fc.weight
-    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc cannot be converted: its weight is tied"):
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc cannot.*its weight is tied"):
         to_linear(gpt2, inplace=True)
     second.c_fc.weight = kept
     prune.l1_unstructured(second.c_fc, "weight", 0.5)

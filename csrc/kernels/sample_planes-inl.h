@@ -38,7 +38,8 @@ ST_INLINE void for_pixels(int64_t from, int64_t to, const F& f) {
 
 // Pixels [from, to) of one plane of a group: vector (pixel - from) goes to slots[pixel - from], or
 // nowhere if that is negative; without slots, to its own place. Missing samples become zero. next:
-// the plane that will be packed after this one, asked for meanwhile, or null.
+// the plane that will be packed after this one, asked for meanwhile (into L2: it may not fit
+// L1, 1.0 to 1.05 times faster), or null.
 template <class S>
 void pack_pixels(const Samples<const S>& m, int64_t group, int64_t channel, int64_t from,
                  int64_t to, const int32_t* slots, Sum<S>* out, const S* next = nullptr) {
@@ -49,7 +50,7 @@ void pack_pixels(const Samples<const S>& m, int64_t group, int64_t channel, int6
   const int samples = m.count(group);
   for_pixels<T>(from, to, [&](int64_t p, int n) {
     if (next && ((p - from) / w) % (64 / (w * sizeof(S))) == 0)
-      for (int i = 0; i < samples; i++) __builtin_prefetch(next + i * stride + p);
+      for (int i = 0; i < samples; i++) __builtin_prefetch(next + i * stride + p, 0, 2);
     Vec<T> r[w];
     if (samples == w && n == w) {
       ST_UNROLL

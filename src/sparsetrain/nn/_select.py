@@ -160,7 +160,7 @@ def _is_plain(place: Place, kinds: Sequence[type[nn.Module]], included: Sequence
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2, told by its name: nothing here needs transformers."""
+    """Whether it is GPT-2's linear layer, told by its name: nothing here needs transformers."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 

@@ -74,9 +74,7 @@ def to_conv1d(model: _Model, *, inplace: bool = False) -> _Model:
             f"layer {sparse[0]} is sparse: make the model dense first, with sparsetrain.to_dense"
         )
     if not made_here:
-        raise ValueError(
-            f"model {type(model).__name__} has no layer made by sparsetrain.to_linear"
-        )
+        raise ValueError(f"model {type(model).__name__} has no layer made by sparsetrain.to_linear")
     check_replaceable(model, made_here, inplace)
     made = [Replacement(place, _conv1d(place)) for place in made_here]
     return replace(model, made, inplace)  # type: ignore[return-value]
@@ -95,7 +93,8 @@ def _was_conv1d(module: nn.Module) -> bool:
 
 def _linear(conv: Any) -> nn.Linear:
     weight = conv.weight
-    linear = nn.Linear(*weight.shape, bias=False, device="meta", dtype=weight.dtype)
+    inputs, outputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(
         weight.detach().t().contiguous(), requires_grad=weight.requires_grad
     )
