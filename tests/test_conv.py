@@ -496,6 +496,7 @@ def test_the_documented_choice(
     changes: dict[str, Any], families: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", False)
     monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", False)
     problem = Problem(
         input_shape=(32, 64, 56, 56),
@@ -567,9 +568,32 @@ def test_the_documented_choice_for_batches_that_fill_vectors_in_part(
     batch: int, density: float, families: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_conv_choice, "_SAMPLES", 8)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", False)
     window = ((3, 3), (1, 1), (1, 1), (1, 1))
     nnz = int(density * 64 * 64 * 9)
     problem = Problem((batch, 64, 28, 28), 64, nnz, *window, 1, torch.float32)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "density", "families"),
+    [
+        (3, 1, 0.57, ["native", "dense", "native"]),
+        (3, 1, 0.62, ["dense"] * 3),
+        (3, 2, 0.57, ["native"] * 3),
+        (3, 2, 0.62, ["dense", "native", "dense"]),
+        (1, 1, 0.62, ["native"] * 3),
+    ],
+)
+def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
+    kernel: int, stride: int, density: float, families: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", True)
+    monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", True)
+    window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
+    nnz = int(density * 64 * 64 * kernel * kernel)
+    problem = Problem((2, 64, 56, 56), 64, nnz, *window, 1, torch.float32)
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +47,34 @@ def test_without_a_mallopt_it_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparsetrain.keep_memory() is False
     monkeypatch.setattr(memory.sys, "platform", "win32")
     assert sparsetrain.keep_memory() is False
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_benchmark_keeps_memory_or_says_that_it_cannot(
+    can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparsetrain
+    from sparsetrain.bench import processes
+
+    calls = ["not told"]
+
+    def keep() -> bool:
+        calls[0] = "told"
+        return can
+
+    asked, result = tmp_path / "asked.json", tmp_path / "result.json"
+    child = types.SimpleNamespace(child=lambda request, save: {**request, "state": calls[0]})
+    monkeypatch.setitem(sys.modules, "stand_in", child)
+    monkeypatch.setattr(processes, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(sparsetrain, "keep_memory", keep)
+    monkeypatch.setattr(sys, "argv", ["processes", "stand_in", str(asked), str(result)])
+    asked.write_text('{"keep_memory": false}')
+    processes.main()
+    assert json.loads(result.read_text())["state"] == "not told"
+    asked.write_text('{"keep_memory": true}')
+    if can:
+        processes.main()
+        assert json.loads(result.read_text())["state"] == "told"
+    else:
+        with pytest.raises(RuntimeError, match=r"--keep-memory.*glibc"):
+            processes.main()

@@ -35,6 +35,9 @@ Plot = Annotated[Path | None, typer.Option(help="Draw the results into this PNG 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Keep what the --json file holds; measure the rest.")
 ]
+KeepMemory = Annotated[
+    bool, typer.Option("--keep-memory", help="sparsetrain.keep_memory() before it, for all.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a floor is missed.")]
 
 LAYERS_HELP = """
@@ -177,6 +180,7 @@ def layers(
     json_file: Out = None,
     plot: Plot = None,
     resume: Resume = False,
+    keep_memory: KeepMemory = False,
     strict: Strict = False,
 ) -> None:
     """Time single layers (its help is LAYERS_HELP)."""
@@ -198,6 +202,7 @@ def layers(
         time_limit_s=time_limit,
         json=json_file,
         resume=resume,
+        keep_memory=keep_memory,
     )
     data = _run(benchmark.run, options)
     if plot:
@@ -221,10 +226,7 @@ def models(
     budget: Budget = None,
     json_file: Out = None,
     resume: Resume = False,
-    keep_memory: Annotated[
-        bool,
-        typer.Option("--keep-memory", help="sparsetrain.keep_memory() before it, for all."),
-    ] = False,
+    keep_memory: KeepMemory = False,
     strict: Strict = False,
 ) -> None:
     """Time whole training steps (its help is MODELS_HELP)."""

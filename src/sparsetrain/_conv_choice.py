@@ -87,12 +87,16 @@ _WIDE_FEW: _BreakEvens = {"forward": 0.95, "grad_input": 0.95, "grad_values": 0.
 _WIDE_STRIDED: _BreakEvens = {"forward": 0.75, "grad_input": 1.0, "grad_values": 0.60}
 _WIDE_FEW_PIXELS: _BreakEvens = {"forward": 0.95, "grad_input": 0.75, "grad_values": 0.40}
 _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_values": 0.60}
+# Kernels above 1 x 1 where they are computed in halves (Zen 4), at batches 1 and 4.
+_IS_HALVES = _native.cpu_kind() == "halves"
+_HALVES_FEW: _BreakEvens = {"forward": 0.60, "grad_input": 0.55, "grad_values": 0.60}
+_HALVES_FEW_STRIDED: _BreakEvens = {"forward": 0.58, "grad_input": 0.65, "grad_values": 0.58}
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # Samples of a vector, where lanes are samples: vectors are of 256 bits where 512 are computed in
 # halves (csrc/kernels/kernels_isa.cc). And the batch that fills vectors for 1 x 1 kernels.
 _FILLING = max(8, _native.vector_lanes()[0])
-_SAMPLES = 8 if _native.cpu_kind() == "halves" else _FILLING
+_SAMPLES = 8 if _IS_HALVES else _FILLING
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
 # costs as much again.
@@ -128,7 +132,10 @@ def _float32_break_even(
         return max(columns, _wide_pointwise(direction, problem, filled))
     if columns:
         return columns
-    if math.prod(problem.stride) > 1:
+    strided = math.prod(problem.stride) > 1
+    if _IS_HALVES and not (filled or pointwise or len(problem.kernel_size) == 3):
+        return (_HALVES_FEW_STRIDED if strided else _HALVES_FEW)[direction]
+    if strided:
         if direction == "grad_input":
             if not pointwise:
                 return _STRIDED if filled else _STRIDED_FEW
@@ -228,6 +235,13 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | with a stride, less than 512 pixels          |         | 0.60       |             |
     | less than 64 pixels                          | 0.95    | 0.75       | 0.40        |
     | with a stride, less than 64 pixels           | 0.95    | 0.40       | 0.60        |
+
+    For float32, kernels above 1 x 1 and smaller batches on those that compute them in halves:
+
+    | for                                          | forward | grad_input | grad_values |
+    |----------------------------------------------|---------|------------|-------------|
+    | unless few pixels                            | 0.60    | 0.55       | 0.60        |
+    | with a stride above 1                        | 0.58    | 0.65       | 0.58        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.

@@ -47,6 +47,7 @@ class Options:
     time_limit_s: float | None = None
     json: Path | None = None
     resume: bool = False
+    keep_memory: bool = False
     scaling_only: bool = False  # nothing but one thread against all
     kernels: bool = False  # each kernel alone at every sparsity, not at those of the limits
 
@@ -106,6 +107,7 @@ def _request(shapes: Json, options: Options, threads: int, done: set[Any]) -> Js
         "min_rounds": 2 if options.quick else shapes.get("min_rounds", 3),
         "turn_s": 0.01 if options.quick else 0.03,
         "time_limit_s": options.time_limit_s,
+        "keep_memory": options.keep_memory,
     }
 
 

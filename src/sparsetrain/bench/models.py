@@ -113,14 +113,6 @@ def _sparseprop(network: Network, masked: nn.Module) -> nn.Module:
     return model
 
 
-def _keep_memory() -> None:
-    """For every contestant alike: they share the process."""
-    import sparsetrain
-
-    if not sparsetrain.keep_memory():
-        raise RuntimeError("--keep-memory: this C library cannot be told to (glibc can)")
-
-
 CONTESTANTS: dict[str, Callable[[Network, nn.Module], nn.Module]] = {
     "sparsetrain": _ours,
     "tuned": _tuned,
@@ -177,8 +169,6 @@ def check(network: Network, model: nn.Module, expected: tuple[Tensor, Tensor]) -
 def child(request: Json, save: Callable[[Json], None]) -> Json:
     """Every model with the thread count this process was started with."""
     threads = torch.get_num_threads()
-    if request["keep_memory"]:
-        _keep_memory()
     result: Json = {"threads": threads, "environment": environment(), "rows": [], "profiles": []}
     start = time.perf_counter()
     for number, item in enumerate(request["models"], start=1):

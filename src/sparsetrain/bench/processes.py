@@ -114,16 +114,30 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def _keep_memory() -> None:
+    """For every contestant alike: they share the process."""
+    import sparsetrain
+
+    if not sparsetrain.keep_memory():
+        raise RuntimeError("--keep-memory: this C library cannot be told to (glibc can)")
+
+
 def main() -> None:
-    """The child: python -m sparsetrain.bench.processes MODULE REQUEST RESULT."""
+    """The child: python -m sparsetrain.bench.processes MODULE REQUEST RESULT.
+
+    A request with "keep_memory" has it set before anything is measured.
+    """
     _end_with_parent()
     module, asked, result = sys.argv[1:]
     child = importlib.import_module(module).child
+    request = read_json(Path(asked))
+    if request.get("keep_memory"):
+        _keep_memory()
 
     def save(data: Json) -> None:
         write_json(Path(result), data)
 
-    save(child(read_json(Path(asked)), save))
+    save(child(request, save))
 
 
 if __name__ == "__main__":

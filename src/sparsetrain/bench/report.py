@@ -55,6 +55,11 @@ RESULTS = (
     ("layers_peers", ("layers",), "Every layer of five networks, beside other libraries"),
     ("memory", ("memory",), "Memory"),
     ("linear_halves", ("linear", "layers"), "Linear layers, 512-bit vectors in two halves"),
+    (
+        "linear_halves_kept",
+        ("layers",),
+        "Linear layers, 512-bit vectors in two halves, memory kept",
+    ),
     ("conv_halves", ("layers",), "Convolutions, 512-bit vectors in two halves"),
     ("layers_halves", ("layers",), "Layers of the two ResNets, 512-bit vectors in two halves"),
     (
