@@ -248,13 +248,14 @@ struct Builder {
   }
   // Vectors to leave free after a plane, so that the tiles of the channels of a block, each of some
   // rows of `width` bytes, `pitch` vectors apart, spread evenly over L1's sets (256 channels of 14
-  // x 14 are 8 KiB apart without: 1.6 times slower; 64 of 56 x 56 where lanes are pixels: 1.3).
+  // x 14 are 8 KiB apart without: 1.6 times slower; 64 of 56 x 56 where lanes are pixels: 1.3). At
+  // most a quarter of the plane.
   int64_t spread(int64_t plane, int64_t pitch, int64_t rows, int64_t width) const {
     constexpr int64_t kLine = 64, kSets = 64, kWays = 8;
     const int64_t vector = v.lanes * v.lane_bytes;
     const int64_t planes = std::min(copies(), block_bytes() / (width * rows) + 1);
     int64_t best = 0, least_beyond = INT64_MAX;
-    for (int64_t pad = 0; pad < 32; pad++) {
+    for (int64_t pad = 0; pad < 32 && 4 * pad <= plane; pad++) {
       int64_t lines[kSets] = {}, beyond = 0;
       for (int64_t c = 0; c < planes; c++) {
         for (int64_t y = 0; y < rows; y++) {
