@@ -319,9 +319,11 @@ struct SampleGradient {
     return {packed, row_size(), conv.grid[1] * kLanes<T>};
   }
   // Whether the copies of dy that `other`, the transposed side, makes for a strip hold the rows of
-  // dy that this side needs for its strip of the same number.
+  // dy that this side needs for its strip of the same number. Not where they are as much zeros:
+  // 512ch/7 is 1.03-1.06 times faster without at 80-95 % (98 %: 0.95), larger planes 0.85-1.02.
   bool shares_dy(const ConvSide& other) const {
-    return other.kinds.size() == 1 && other.source_step[0] == 1 && other.source_step[1] == 1 &&
+    return 5 * other.copy_lanes <= 8 * row_size() && other.kinds.size() == 1 &&
+           other.source_step[0] == 1 && other.source_step[1] == 1 &&
            other.grid[0] == conv.grid[0] && other.grid[1] == conv.grid[1] &&
            other.strip_rows == conv.strip_rows && other.first_shift <= 0 &&
            other.first_shift + other.span >= 0 && other.first_column <= 0 &&
