@@ -35,8 +35,8 @@ $(VENV)/.demo: $(VENV)/.built
 
 demo: $(VENV)/.demo
 	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT)/text --overwrite $(DEMO_FLAGS)
-	$(PY) examples/solar_vgg.py --out $(DEMO_OUT)/image --overwrite --prune-steps 10 --steps 60 \
-		--evaluate-every 30 $(DEMO_FLAGS)
+	$(PY) examples/solar_vgg.py --out $(DEMO_OUT)/image --overwrite --prune-steps 20 --steps 100 \
+		--evaluate-every 50 $(DEMO_FLAGS)
 
 demo-short: $(VENV)/.demo
 	$(PY) examples/minilm_bbc.py --out $(DEMO_OUT)-short/text --overwrite --prune-steps 6 --steps 6 \
