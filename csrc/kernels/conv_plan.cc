@@ -239,13 +239,15 @@ struct Builder {
     s->strip_rows = std::min(round_up(div_up(s->grid[0], s->strips), unit), s->grid[0]);
     s->strips = div_up(s->grid[0], s->strip_rows);
     const int64_t plane = (s->strip_rows + s->span) * s->pitch;
-    const int64_t width = std::min(s->grid[1], kTileColumns) + column_span;
-    const int64_t free = spread(plane, s->pitch, kTileRows + s->span, width * vector);
+    const int64_t free =
+        spread(plane, s->pitch, kTileRows + s->span, sample_tile_columns() * vector);
     s->copy_lanes = (plane + free) * v.lanes;
     const int64_t results = s->result_channels * static_cast<int64_t>(s->phases.size());
     const int64_t band = kBandBytes / (results * s->grid[1] * vector);
     s->band_rows = std::min(std::max<int64_t>(band / unit * unit, unit), s->strip_rows);
   }
+  // Of the source, that a tile of pixels reads.
+  int64_t sample_tile_columns() const { return std::min(s->grid[1], kTileColumns) + column_span; }
   // Vectors to leave free after a plane, so that the tiles of the channels of a block, each of some
   // rows of `width` bytes, `pitch` vectors apart, spread evenly over L1's sets (256 channels of 14
   // x 14 are 8 KiB apart without: 1.6 times slower; 64 of 56 x 56 where lanes are pixels: 1.3). At
@@ -367,8 +369,7 @@ struct Builder {
     const int64_t kinds = static_cast<int64_t>(s->kinds.size());
     int64_t channel = kinds * (s->tile_lanes + s->span * s->pitch) * v.lane_bytes;
     if (s->samples)
-      channel = kinds * (kTileRows + s->span) * (std::min(s->grid[1], kTileColumns) + column_span) *
-                v.lanes * v.lane_bytes;
+      channel = kinds * (kTileRows + s->span) * sample_tile_columns() * v.lanes * v.lane_bytes;
     const int64_t fit = std::max<int64_t>(1, block_bytes() / channel);
     const double per_cell = s->samples ? kNonzerosPerTile : kNonzerosPerCell;
     const double most = static_cast<double>(side.nnz) / (side.rows * per_cell);

@@ -34,10 +34,9 @@ const KernelTable* conv_table(const Args& a) {
   const ConvVectors whole = a.dtype == DType::f64 ? conv_vectors<double>() : conv_vectors<float>();
   ConvVectors half = whole;
   half.lanes /= 2;
-  if (!lanes_are_samples(a.shape, half)) return nullptr;
-  if (cpu_kind() == CpuKind::halves) return &kTable_avx512vl;
-  const bool suits = a.plan->density() <= kMostDensity && !lanes_are_samples(a.shape, whole);
-  return suits ? &kTable_avx512vl : nullptr;
+  const bool faster = cpu_kind() == CpuKind::halves ||
+                      (a.plan->density() <= kMostDensity && !lanes_are_samples(a.shape, whole));
+  return faster && lanes_are_samples(a.shape, half) ? &kTable_avx512vl : nullptr;
 }
 const KernelTable* other_table(const ConvForward& a) { return conv_table(a); }
 const KernelTable* other_table(const ConvBackward& a) { return conv_table(a); }

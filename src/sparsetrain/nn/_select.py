@@ -29,6 +29,13 @@ class Place:
         return self.names[0] or "(the model itself)"
 
 
+def check_model(model: nn.Module) -> nn.Module:
+    """`model`, if it is a module; raises TypeError otherwise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
 def places(model: nn.Module) -> list[Place]:
     """Every module of the model once, in the model's order."""
     names: dict[int, list[str]] = {}
@@ -61,9 +68,7 @@ def select(
         TypeError: a selector of another type, or a model that is no module.
         ValueError: a name or type that matches nothing, or nothing is left to convert.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    everything = places(model)
+    everything = places(check_model(model))
     suited = [p for p in everything if isinstance(p.module, tuple(kinds))]
     included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
     for selector in excluded:

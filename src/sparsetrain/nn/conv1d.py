@@ -17,7 +17,7 @@ from torch import nn
 
 from sparsetrain.nn._base import SparseLayer
 from sparsetrain.nn._replace import Replacement, check_replaceable, is_pruned, replace
-from sparsetrain.nn._select import Place, is_conv1d, places, select
+from sparsetrain.nn._select import Place, check_model, is_conv1d, places, select
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -37,7 +37,7 @@ def to_linear(model: _Model, *, inplace: bool = False) -> _Model:
         ValueError: no Conv1D, or one that cannot be replaced (tied weights, hooks on its weight or
             state_dict, a pruning mask). Everything is as it was.
     """
-    kinds = tuple({type(p.module) for p in places(_checked(model)) if is_conv1d(p.module)})
+    kinds = tuple({type(p.module) for p in places(check_model(model)) if is_conv1d(p.module)})
     if not kinds:
         raise ValueError(
             f"model {type(model).__name__} has no Conv1D of transformers; sparsify and to_sparse "
@@ -67,7 +67,7 @@ def to_conv1d(model: _Model, *, inplace: bool = False) -> _Model:
         ValueError: no layer that `to_linear` has made, one that is sparse, or one that cannot be
             replaced. Everything is as it was.
     """
-    made_here = [p for p in places(_checked(model)) if _was_conv1d(p.module)]
+    made_here = [p for p in places(check_model(model)) if _was_conv1d(p.module)]
     sparse = [p.name for p in made_here if isinstance(p.module, SparseLayer)]
     if sparse:
         raise ValueError(
@@ -78,12 +78,6 @@ def to_conv1d(model: _Model, *, inplace: bool = False) -> _Model:
     check_replaceable(model, made_here, inplace)
     made = [Replacement(place, _conv1d(place)) for place in made_here]
     return replace(model, made, inplace)  # type: ignore[return-value]
-
-
-def _checked(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    return model
 
 
 def _was_conv1d(module: nn.Module) -> bool:

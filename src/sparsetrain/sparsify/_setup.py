@@ -94,13 +94,6 @@ def prepare(
     return _make_sparse(model, optimizer, wishes, generator, ranks)
 
 
-def check_model(model: nn.Module) -> nn.Module:
-    """`model`, if it is a module; raises TypeError otherwise."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    return model
-
-
 def is_sparse(model: nn.Module) -> bool:
     """Whether some layer is sparse already."""
     return any(isinstance(m, SparseLayer) for m in model.modules())

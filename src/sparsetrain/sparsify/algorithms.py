@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsetrain.nn._select import check_model
 from sparsetrain.pattern import check_sparsity
 from sparsetrain.sparsify import schedules
-from sparsetrain.sparsify._setup import (
-    DEFAULT_SPARSITY,
-    Trained,
-    check_model,
-    is_sparse,
-    pooled_counts,
-)
+from sparsetrain.sparsify._setup import DEFAULT_SPARSITY, Trained, is_sparse, pooled_counts
 from sparsetrain.sparsify._topology import full_pattern, inactive_count, random_inactive
 from sparsetrain.sparsify.base import Change, Sparsifier, finite
 from sparsetrain.sparsify.criteria import keep_top

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsetrain.nn._select import Selection
+from sparsetrain.nn._select import Selection, check_model
 from sparsetrain.pattern import SparsePattern
 from sparsetrain.sparsify import _monitor, schedules
 from sparsetrain.sparsify._distributed import Ranks
 from sparsetrain.sparsify._growth import Recording, gradient_at, strongest_inactive
 from sparsetrain.sparsify._optimizer import carry_state, gather
-from sparsetrain.sparsify._setup import Trained, Wishes, check_model, prepare
+from sparsetrain.sparsify._setup import Trained, Wishes, prepare
 from sparsetrain.sparsify._topology import change_pattern, inactive_count, random_inactive
 from sparsetrain.sparsify.criteria import keep_top
 
