@@ -169,7 +169,7 @@ def test_layers_that_are_alike_are_measured_once_and_named_together() -> None:
     plans = sparsetrain.tune(
         mlp(), torch.randn(6, 24), cache=False, progress=False, compare=DENSE_WINS
     )
-    assert [row.layers for row in plans.rows] == [("0", "2")] * 3 + [("3",)] * 3
+    assert [row.layers for row in plans.rows] == [("0", "2")] * 3 + [("3",)] * 3  # no doubt left
     assert [row.direction for row in plans.rows[:3]] == ["forward", "grad_input", "grad_values"]
     text = plans.explain()
     assert "0 (+1 alike)" in text
@@ -197,19 +197,76 @@ def test_the_default_gives_way_to_more_than_noise(
     assert {row.default for row in plans.rows} == {"native"}
 
 
-def test_each_direction_on_its_own() -> None:
-    turn = iter(range(100))
+def by_product(
+    forward: Mapping[str, float],
+    grad_input: Mapping[str, float],
+    grad_values: Mapping[str, float],
+    backward: Mapping[str, float],
+) -> Any:
+    """As `invented`, with figures for each product; those of both gradients at once come last."""
+    figures = iter([forward, grad_input, grad_values, backward] * 100)
 
     def measure(candidates: Candidates, budget_s: float) -> dict[str, Timing]:
-        slow = "native" if next(turn) % 3 == 1 else "dense"
-        return {name: Timing(2.0 if name == slow else 1.0, 0.0, 5) for name in candidates}
+        seconds = next(figures)
+        assert set(candidates) == set(seconds)
+        for call in candidates.values():
+            call()
+        return {name: Timing(seconds[name], 0.0, 5) for name in candidates}
 
-    model, x = mlp(), torch.randn(6, 24)
-    sparsetrain.tune(model, x, cache=False, progress=False, compare=measure)
+    return measure
+
+
+NATIVE, DENSE = {"native": 1.0, "dense": 1.2}, {"native": 1.2, "dense": 1.0}
+
+
+def trained_by(model: nn.Module, x: torch.Tensor) -> list[str]:
     with CountOps() as counted:
-        model(x).sum().backward()
-    assert "linear_dense_grad_input" in counted.names
-    assert "linear_grad_values" in counted.names
+        model(x.requires_grad_()).sum().backward()
+    return [name for name in counted.names if name.startswith("linear")]
+
+
+def one_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return SparseLinear(24, 24, sparsity=0.9)
+
+
+@pytest.mark.parametrize(
+    ("together", "used"),
+    [
+        # Each gradient by the family that is faster for it alone.
+        (
+            {"dense + native": 2.0, "native": 2.2, "dense": 2.2},
+            ["linear_dense_grad_input", "linear_grad_values"],
+        ),
+        # One family computes both faster than the two do, whatever each takes alone.
+        ({"dense + native": 2.0, "native": 1.8, "dense": 2.2}, ["linear_backward"]),
+        ({"dense + native": 2.0, "native": 2.2, "dense": 1.8}, ["linear_dense_backward"]),
+        # The cost model's choice (native) gives way to what is faster by 2 %.
+        ({"dense + native": 1.99, "native": 2.0, "dense": 1.99}, ["linear_backward"]),
+    ],
+)
+def test_directions_are_chosen_on_their_own_and_gradients_together(
+    together: dict[str, float], used: list[str]
+) -> None:
+    model, x = one_layer(), torch.randn(6, 24)
+    measure = by_product(DENSE, DENSE, NATIVE, together)
+    plans = sparsetrain.tune(model, x, cache=False, progress=False, compare=measure)
+    assert trained_by(model, x) == ["linear_dense", *used]
+    assert [row.direction for row in plans.rows] == [
+        *("forward", "grad_input", "grad_values"),
+        "backward",
+    ]
+    assert plans.rows[3].seconds == together
+    assert len(plans.entries) == 3
+
+
+def test_gradients_that_leave_no_doubt_are_not_compared_together() -> None:
+    clear = {"native": 1.0, "dense": 1.4}
+    measure = by_product(NATIVE, clear, clear, {})
+    plans = sparsetrain.tune(
+        one_layer(), torch.randn(6, 24), cache=False, progress=False, compare=measure
+    )
+    assert [row.direction for row in plans.rows] == ["forward", "grad_input", "grad_values"]
 
 
 def test_convolutions_have_the_families_of_their_kind() -> None:
@@ -241,16 +298,25 @@ def test_without_time_the_defaults_stay() -> None:
 
 def test_real_measurements() -> None:
     plans = sparsetrain.tune(mlp(), torch.randn(6, 24), budget_s=60.0, cache=False, progress=False)
-    assert all(row.measured and set(row.seconds) == {"native", "dense"} for row in plans.rows)
+    assert all(row.measured for row in plans.rows)
+    directions = [row for row in plans.rows if row.direction != "backward"]
+    assert all(set(row.seconds) == {"native", "dense"} for row in directions)
     assert all(0 < s < 1 for row in plans.rows for s in row.seconds.values())
 
 
-def test_layers_with_all_their_weights_leave_nothing_to_choose() -> None:
-    layer = SparseConv2d(8, 9, 3, sparsity=0.0)  # the library's own convolution computes it
-    plans = sparsetrain.tune(layer, torch.randn(2, 8, 7, 7), cache=False, progress=False)
-    assert plans.rows == []
-    assert plans.explain()
-    assert not used_by(layer, torch.randn(2, 8, 7, 7))
+@pytest.mark.parametrize(("winner", "used"), [("dense", []), ("native", ["conv2d"])])
+def test_convolutions_with_all_their_weights(winner: str, used: list[str]) -> None:
+    """The library's own convolution takes the values as they are, or the sparse kernels do."""
+    layer = SparseConv2d(8, 9, 3, sparsity=0.0)
+    x = torch.randn(2, 8, 7, 7)
+    expected = layer.to_dense()(x)
+    seconds = {"native": 2.0, "dense": 2.0, winner: 1.0}
+    plans = sparsetrain.tune(layer, x, cache=False, progress=False, compare=invented(seconds))
+    assert {row.chosen for row in plans.rows} == {winner}
+    assert used_by(layer, x) == used
+    torch.testing.assert_close(layer(x), expected)
+    with deterministic():
+        assert used_by(layer, x) == ["conv2d"]
 
 
 def test_wrong_use_raises_and_leaves_no_hook() -> None:

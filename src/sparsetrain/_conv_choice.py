@@ -52,7 +52,6 @@ _DETERMINISTIC = {
     False: Choice("native", "deterministic algorithms are asked for"),
     True: Choice("unfolded", "deterministic algorithms are asked for"),
 }
-_FULL = Choice("dense", "there is no zero to skip")
 _SMALL = Choice("native", "too little work for the library's fixed costs")
 _DEPTHWISE = Choice(
     "dense", "one input channel per group leaves the sparse kernels nothing to skip"
@@ -91,6 +90,10 @@ _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_val
 _IS_HALVES = _native.cpu_kind() == "halves"
 _HALVES_FEW: _BreakEvens = {"forward": 0.60, "grad_input": 0.55, "grad_values": 0.60}
 _HALVES_FEW_STRIDED: _BreakEvens = {"forward": 0.58, "grad_input": 0.65, "grad_values": 0.58}
+# 1 x 1 with a stride there, any batch: for up to so many input channels always, else the table.
+_HALVES_STRIDED_1X1_CHANNELS = 128
+_HALVES_STRIDED_1X1: _BreakEvens = {"forward": 0.88, "grad_input": 1.0, "grad_values": 0.86}
+_HALVES_STRIDED_1X1_FEW_PIXELS = 0.90  # grad_input
 # Larger inputs and outputs (bytes) cost the library fresh memory on every call.
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # Samples of a vector, where lanes are samples: vectors are of 256 bits where 512 are computed in
@@ -125,14 +128,16 @@ def _filled(problem: Problem, pointwise: bool) -> float:
 def _float32_break_even(
     direction: Direction, problem: Problem, pointwise: bool, filled: bool
 ) -> float:
+    strided = math.prod(problem.stride) > 1
+    columns = 0.0 if filled else _break_even_of_columns(direction, problem, pointwise)
+    if pointwise and strided and _IS_HALVES and len(problem.kernel_size) == 2:
+        return max(columns, _halves_strided_pointwise(direction, problem))
     if filled and _largest_tensor(problem) > _LARGE:
         return _LARGE_BREAK_EVEN
-    columns = 0.0 if filled else _break_even_of_columns(direction, problem, pointwise)
     if pointwise and _IS_WIDE:
         return max(columns, _wide_pointwise(direction, problem, filled))
     if columns:
         return columns
-    strided = math.prod(problem.stride) > 1
     if _IS_HALVES and not (filled or pointwise or len(problem.kernel_size) == 3):
         return (_HALVES_FEW_STRIDED if strided else _HALVES_FEW)[direction]
     if strided:
@@ -160,6 +165,14 @@ def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bo
     if problem.out_channels < _COLUMNS_CHANNELS:
         return 0.0
     return (_COLUMNS_1X1 if pointwise else _COLUMNS)[direction]
+
+
+def _halves_strided_pointwise(direction: Direction, problem: Problem) -> float:
+    if problem.input_shape[1] // problem.groups <= _HALVES_STRIDED_1X1_CHANNELS:
+        return 1.0
+    if direction == "grad_input" and _output_pixels(problem) < _STRIDED_1X1_PIXELS:
+        return _HALVES_STRIDED_1X1_FEW_PIXELS
+    return _HALVES_STRIDED_1X1[direction]
 
 
 def _wide_pointwise(direction: Direction, problem: Problem, filled: bool) -> float:
@@ -193,7 +206,6 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | torch.use_deterministic_algorithms(True)                      | native, unfolded  |
     | one input channel per group (depthwise); not in float64       | dense             |
     | less than a million multiplications, 2-D                      | native            |
-    | every weight is a nonzero; not in float64                     | dense             |
     | density above the break-even below                            | dense             |
     | otherwise                                                     | native, unfolded  |
 
@@ -236,12 +248,15 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | less than 64 pixels                          | 0.95    | 0.75       | 0.40        |
     | with a stride, less than 64 pixels           | 0.95    | 0.40       | 0.60        |
 
-    For float32, kernels above 1 x 1 and smaller batches on those that compute them in halves:
+    For float32 on those that compute them in halves:
 
     | for                                          | forward | grad_input | grad_values |
     |----------------------------------------------|---------|------------|-------------|
-    | unless few pixels                            | 0.60    | 0.55       | 0.60        |
+    | above 1 x 1, smaller batches, not few pixels | 0.60    | 0.55       | 0.60        |
     | with a stride above 1                        | 0.58    | 0.65       | 0.58        |
+    | 1 x 1 with a stride, any batch               | 0.88    | 1.00       | 0.86        |
+    | less than 512 pixels of all images           |         | 0.90       |             |
+    | 128 input channels or fewer                  | 1.00    | 1.00       | 1.00        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.
@@ -254,8 +269,6 @@ def choose(direction: Direction, problem: Problem) -> Choice:
         return _DEPTHWISE
     if not deep and _output_pixels(problem) * problem.nnz < 1_000_000:
         return _SMALL
-    if problem.nnz == problem.weights and problem.dtype is not torch.float64:
-        return _FULL
     break_even = _break_even(direction, problem) * (_UNFOLDED_SHARE if deep else 1.0)
     return _DENSE if problem.density > break_even else _SPARSE[deep]
 

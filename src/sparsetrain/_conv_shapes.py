@@ -209,7 +209,7 @@ def fits(
         and shape[-len(least) - 1] * geometry.taps == cols * groups
         and rows % groups == 0
         and cols % geometry.taps == 0
-        and all(size >= low for size, low in zip(shape[-len(least) :], least, strict=True))
+        and all(map(operator.ge, shape[-len(least) :], least))
     )
 
 

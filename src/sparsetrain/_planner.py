@@ -77,6 +77,7 @@ class _Plan(NamedTuple):
     grad_values: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     route: _Route | None
+    families: frozenset[str]
 
 
 # (direction, x's shape, rows, nonzeros, dtype, threads, deterministic, geometry) -> Choice
@@ -170,6 +171,12 @@ class Planner:
                 return None
         return plan or self._made(key)
 
+    def families_of(self, x: Tensor, crow: Tensor, col: Tensor, geometry: Any) -> frozenset[str]:
+        """Those that compute a layer's products. None while layers are observed, or for symbolic
+        sizes."""
+        plan = None if self.observer else self._plan(x.shape, x, crow, col, geometry)
+        return frozenset() if plan is None else plan.families
+
     def _made(self, key: Any) -> _Plan:
         choices = [self.choose(direction, *self._problem(key)) for direction in DIRECTIONS]
         operations: list[Any] = [self.families[c.family][i] for i, c in enumerate(choices)]
@@ -184,7 +191,9 @@ class Planner:
         if len(self._plans) >= _PLANS_KEPT:
             self._plans = {}
         route = self._route(operations, key) if _native.HAS_ROUTES else None
-        plan = self._plans[key] = _Plan(forward, grad_input, grad_values, backward, route)
+        families = frozenset(choice.family for choice in choices)
+        plan = _Plan(forward, grad_input, grad_values, backward, route, families)
+        self._plans[key] = plan
         return plan
 
     def _route(self, operations: Sequence[Any], key: Any) -> _Route | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +17,18 @@ from sparsetrain import _plan_store, conv_ops, ops
 from sparsetrain._autograd import below_autograd, direct
 from sparsetrain._measure import Timing, compare
 from sparsetrain._plan_store import Entry
-from sparsetrain._planner import DIRECTIONS, Choice, Direction, Planner, Problem
-from sparsetrain.nn import SparseLayer
+from sparsetrain._planner import DIRECTIONS, Planner, Problem
 
 __all__ = ["Plans", "Row", "load_plans", "tune"]
 
 _PLANNERS = (ops.PLANNER, conv_ops.PLANNER)
 _SHARE = 0.02  # a challenger must win by this, and by more than the noise
 _LONGEST_S = 1.0  # for the candidates of one product
+_CLOSE = 1.3  # what takes so many times as long in two parts does not win as a whole
 
+_Call = Callable[[], object]
 # What is timed by default; tests replace it.
-Compare = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, Timing]]
+Compare = Callable[[Mapping[str, _Call], float], Mapping[str, Timing]]
 
 
 class Row(NamedTuple):
@@ -34,10 +36,11 @@ class Row(NamedTuple):
 
     Attributes:
         layers: names of the layers that are alike.
-        direction: "forward", "grad_input" or "grad_values".
+        direction: "forward", "grad_input", "grad_values", or "backward", which is the last two
+            computed one after the other or at once, where that was to be compared.
         sizes: of the input, and of the output's units.
         density: share of weights that are nonzeros.
-        chosen: the family.
+        chosen: the family, or two for "backward".
         default: what the cost model would have taken.
         seconds: of each candidate.
         noise: seconds that a figure may be off.
@@ -142,9 +145,11 @@ def tune(
 
     One forward pass, without gradients and with the model as it is, shows the shapes that the
     layers meet. Each direction of each of them is then timed on its own, on random numbers of these
-    shapes, layers that are alike once. What the cost model chose gives way only to what is faster
-    by 2 % and by more than the noise. The number of threads is that of now: tune with the number
-    that you train with. Values, gradients and state_dict are as before; results differ by rounding.
+    shapes, layers that are alike once; then both gradients together, in the ways that come into
+    question, since one family may compute them in one pass. What the cost model chose gives way
+    only to what is faster by 2 % and by more than the noise. The number of threads is that of now:
+    tune with the number that you train with. Values, gradients and state_dict are as before;
+    results differ by rounding.
 
     Args:
         model: a module that holds sparse layers.
@@ -160,15 +165,14 @@ def tune(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no sparse layer was computed (convolutions that hold all their weights have
-            nothing to choose), or budget_s is not positive.
+        ValueError: no sparse layer was computed, or budget_s is not positive.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; tune takes a torch.nn.Module.")
     if not budget_s > 0:
         raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
     jobs = _capture(model, example_inputs, example_kwargs)
-    if not jobs and not _any_full(model):
+    if not jobs:
         raise ValueError(
             "no sparse layer was computed when the model was called with the example inputs; "
             "make layers sparse first, for instance with sparsetrain.sparsify(model, 0.9)."
@@ -178,11 +182,6 @@ def tune(
     plans.use()
     _keep(entries, cache)
     return plans
-
-
-def _any_full(model: nn.Module) -> bool:
-    """Whether a layer holds all its weights, which the library multiplies as they are."""
-    return any(isinstance(layer, SparseLayer) and not layer.sparsity for layer in model.modules())
 
 
 class _Job(NamedTuple):
@@ -248,71 +247,149 @@ def _observing(planner: Planner, observe: Any) -> Any:
         planner.observer = before
 
 
+class _Timer:
+    """Compares, and shares out the budget between the comparisons to come."""
+
+    def __init__(self, compare: Compare, budget_s: float, comparisons: int) -> None:
+        self.compare = compare
+        self.end = time.perf_counter() + budget_s
+        self.to_come = comparisons
+
+    def __call__(self, calls: Mapping[str, _Call]) -> Mapping[str, Timing]:
+        left = self.end - time.perf_counter()
+        share = min(_LONGEST_S, left / self.to_come)
+        self.to_come -= 1
+        if left <= 0 or not calls:
+            return {}
+        with torch.no_grad(), below_autograd():
+            return self.compare(calls, share)
+
+
 def _measure_all(
     jobs: list[_Job], budget_s: float, progress: bool, compare: Compare
 ) -> tuple[dict[str, Entry], list[Row]]:
     entries: dict[str, Entry] = {}
     rows: list[Row] = []
-    end = time.perf_counter() + budget_s
-    products = [(job, direction) for job in jobs for direction in DIRECTIONS]
-    for done, (job, direction) in enumerate(_tracked(products, progress)):
-        left = end - time.perf_counter()
-        share = min(_LONGEST_S, left / (len(products) - done))
-        default = job.planner.estimate(direction, *job.problem)
-        timings: Mapping[str, Timing] = {}
-        if left > 0:
-            with torch.no_grad(), below_autograd():
-                timings = compare(_candidates(job, direction), share)
-        chosen = _winner(timings, default)
-        entry = Entry(
-            chosen,
-            0,
-            {name: timing.seconds for name, timing in timings.items()},
-            max((timing.noise for timing in timings.values()), default=0.0),
-        )
-        if timings:
-            entries[job.planner.store_key(direction, job.problem)] = entry
-        rows.append(_row(job, direction, default.family, entry))
+    timed = _Timer(compare, budget_s, len(jobs) * (len(DIRECTIONS) + 1))
+    for job in _tracked(jobs, progress):
+        defaults = [job.planner.estimate(d, *job.problem).family for d in DIRECTIONS]
+        found, both = _measure(job, defaults, timed)
+        for direction, default, entry in zip(DIRECTIONS, defaults, found, strict=True):
+            rows.append(_row(job, direction, default, entry))
+            if entry.seconds:
+                entries[job.planner.store_key(direction, job.problem)] = entry
+        if both.seconds:
+            rows.append(_row(job, "backward", _name(*defaults[1:]), both))
     return entries, rows
 
 
-def _winner(timings: Mapping[str, Timing], default: Choice) -> str:
-    """The fastest family, if it beats the default by more than noise."""
-    if default.family not in timings:
-        return default.family
+def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[Entry], Entry]:
+    """What is chosen for each direction, and what was found of both gradients together."""
+    inputs = _inputs(job)
+    found = []
+    for direction, default in zip(DIRECTIONS, defaults, strict=True):
+        calls = {family: _call(job, inputs, direction, family) for family in _families(job)}
+        found.append(_entry(timed(calls), default))
+    pairs = _pairs(found[1], found[2], (defaults[1], defaults[2]))
+    calls = {name: _backward_call(job, inputs, *pair) for name, pair in pairs.items()}
+    both = _entry(timed(calls), _name(*defaults[1:]))
+    if both.seconds:
+        for i, family in enumerate(pairs[both.family], 1):
+            found[i] = found[i]._replace(family=family)
+    return found, both
+
+
+def _entry(timings: Mapping[str, Timing], default: str) -> Entry:
+    """The fastest, if it beats the default by more than noise."""
+    seconds = {name: timing.seconds for name, timing in timings.items()}
+    noise = max((timing.noise for timing in timings.values()), default=0.0)
+    if default not in timings:
+        return Entry(default, 0, seconds, noise)
     best = min(timings, key=lambda name: timings[name].seconds)
-    won = timings[default.family].seconds - timings[best].seconds
-    noise = timings[default.family].noise + timings[best].noise
-    if won > noise and won > _SHARE * timings[best].seconds:
-        return best
-    return default.family
+    won = timings[default].seconds - timings[best].seconds
+    both = timings[default].noise + timings[best].noise
+    wins = won > both and won > _SHARE * timings[best].seconds
+    return Entry(best if wins else default, 0, seconds, noise)
 
 
-def _candidates(job: _Job, direction: Direction) -> dict[str, Callable[[], object]]:
-    """The families that compute such a layer, on random numbers."""
-    planner, problem, pattern, _ = job
-    size = planner.shapes.size(problem.x_shape)
+def _families(job: _Job) -> list[str]:
+    """Those that compute such a layer."""
+    geometry = job.problem.geometry
+    deep = bool(geometry) and len(geometry[0]) == 3
+    skipped = "native" if deep else "unfolded"
+    return [family for family in job.planner.families if family != skipped]
+
+
+def _name(grad_input: str, grad_values: str) -> str:
+    """Of a way to compute both gradients."""
+    return grad_input if grad_input == grad_values else f"{grad_input} + {grad_values}"
+
+
+def _pairs(dx: Entry, dw: Entry, default: tuple[str, str]) -> dict[str, tuple[str, str]]:
+    """Ways to compute both gradients that are to be compared, by name; none if one clearly wins.
+
+    One family may take less time for both than for one and the other: it reads what they share
+    once, and finds it in the caches.
+    """
+    if not (dx.seconds and dw.seconds):
+        return {}
+    pairs = {(dx.family, dw.family), default, *((family, family) for family in dx.seconds)}
+    apart = {pair: dx.seconds[pair[0]] + dw.seconds[pair[1]] for pair in sorted(pairs)}
+    best = min(apart.values())
+    close = [pair for pair, seconds in apart.items() if seconds <= _CLOSE * best]
+    if len(close) == 1:
+        return {}
+    return {_name(*pair): pair for pair in apart if pair in close or pair == default}
+
+
+class _Inputs(NamedTuple):
+    """What the products of a job are measured on: random numbers."""
+
+    x: Tensor
+    values: Tensor
+    bias: Tensor
+    grad: Tensor
+    size: Any  # what grad_input is told of x's shape
+
+
+def _inputs(job: _Job) -> _Inputs:
+    planner, problem, *_ = job
     out = planner.shapes.output(problem.x_shape, problem.rows, problem.geometry)
     source = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source).to(problem.dtype)
 
-    x, values, grad = numbers(*problem.x_shape), numbers(problem.nnz), numbers(*out)
+    return _Inputs(
+        numbers(*problem.x_shape),
+        numbers(problem.nnz),
+        numbers(problem.rows),
+        numbers(*out),
+        planner.shapes.size(problem.x_shape),
+    )
+
+
+def _call(job: _Job, inputs: _Inputs, direction: str, family: str) -> _Call:
+    x, values, bias, grad, size = inputs
+    pattern, geometry = job.pattern, job.problem.geometry
     arguments: dict[str, tuple[Any, ...]] = {
-        "forward": (x, values, numbers(problem.rows), *pattern, *problem.geometry),
-        "grad_input": (grad, values, *pattern, size, *problem.geometry),
-        "grad_values": (grad, x, *pattern, *problem.geometry, True),
+        "forward": (x, values, bias, *pattern, *geometry),
+        "grad_input": (grad, values, *pattern, size, *geometry),
+        "grad_values": (grad, x, *pattern, *geometry, True),
     }
+    index = DIRECTIONS.index(direction)
+    return partial(direct(job.planner.families[family][index]), *arguments[direction])
 
-    def bound(family: str) -> Callable[[], object]:
-        call = direct(planner.families[family][DIRECTIONS.index(direction)])
-        inputs = arguments[direction]
-        return lambda: call(*inputs)
 
-    deep = bool(problem.geometry) and len(problem.geometry[0]) == 3
-    skipped = {"native"} if deep else {"unfolded"}
-    return {family: bound(family) for family in planner.families if family not in skipped}
+def _backward_call(job: _Job, inputs: _Inputs, grad_input: str, grad_values: str) -> _Call:
+    """Both gradients, as a plan that names these families computes them."""
+    if grad_input != grad_values:
+        one = _call(job, inputs, "grad_input", grad_input)
+        other = _call(job, inputs, "grad_values", grad_values)
+        return lambda: (one(), other())
+    x, values, _, grad, _ = inputs
+    both = direct(job.planner.families[grad_input][3])
+    return partial(both, grad, x, values, *job.pattern, *job.problem.geometry, True)
 
 
 def _row(job: _Job, direction: str, default: str, entry: Entry) -> Row:
@@ -331,15 +408,15 @@ def _row(job: _Job, direction: str, default: str, entry: Entry) -> Row:
     )
 
 
-def _tracked(products: list[Any], progress: bool) -> Iterable[Any]:
+def _tracked(jobs: list[_Job], progress: bool) -> Iterable[_Job]:
     if not progress:
-        return products
+        return jobs
     try:
         from rich.console import Console
         from rich.progress import track
     except ImportError:
-        return products
-    return track(products, "measuring products", console=Console(stderr=True), transient=True)
+        return jobs
+    return track(jobs, "measuring layers", console=Console(stderr=True), transient=True)
 
 
 def _keep(entries: Mapping[str, Entry], cache: bool | str | Path) -> None:
