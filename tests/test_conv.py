@@ -29,6 +29,7 @@ from sparsetrain import _conv_choice, conv_ops
 from sparsetrain._conv_choice import Problem, choose, explain
 from sparsetrain._planner import DIRECTIONS, Choice
 from sparsetrain.conv_ops import sparse_conv
+from sparsetrain.nn import SparseConv1d, SparseConv2d, SparseConv3d
 from sparsetrain.pattern import SparsePattern
 
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -534,6 +535,7 @@ def test_the_documented_choice_for_1x1_on_whole_512_bit_vectors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", True)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", False)
     monkeypatch.setattr(_conv_choice, "_FILLING", 16)
     nnz = int(density * 256 * 256)
     window = ((1, 1), (stride, stride), (0, 0), (1, 1))
@@ -595,6 +597,60 @@ def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
     nnz = int(density * 64 * 64 * kernel * kernel)
     problem = Problem((2, 64, 56, 56), 64, nnz, *window, 1, torch.float32)
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "density", "families"),
+    [
+        (8, 128, 56, 1.0, ["native"] * 3),
+        (8, 256, 56, 1.0, ["dense", "native", "dense"]),
+        (32, 256, 56, 0.87, ["native", "native", "dense"]),
+        (1, 256, 40, 0.95, ["dense"] * 3),
+        (1, 256, 40, 0.89, ["dense", "native", "dense"]),
+        (1, 256, 14, 0.95, ["dense"] * 3),
+    ],
+)
+def test_the_documented_choice_for_strided_1x1_on_halves_of_512_bit_vectors(
+    batch: int,
+    channels: int,
+    size: int,
+    density: float,
+    families: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", True)
+    window = ((1, 1), (2, 2), (0, 0), (1, 1))
+    shape = (batch, channels, size, size)
+    nnz = int(density * channels * 128)
+    problem = Problem(shape, 128, nnz, *window, 1, torch.float32)
+    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+
+
+@pytest.mark.parametrize("family", ["native", "dense"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_layers_that_hold_all_their_weights(dimensions: int, family: str) -> None:
+    """They have a plan like others; where the library computes everything, it is called itself."""
+    dense = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1](6, 16, 3, stride=2, padding=1)
+    layer = [SparseConv1d, SparseConv2d, SparseConv3d][dimensions - 1].from_dense(dense)
+    assert layer.nnz == dense.weight.numel() >= 256
+    x = torch.randn(2, 6, *[7] * dimensions, generator=generator(4))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    if family == "native" and dimensions == 3:
+        family = "unfolded"
+    with conv_ops.PLANNER.choosing(lambda *_: Choice(family, "test")):
+        y = layer(ours)
+        with CountOps() as counted:
+            layer(ours)
+        y.square().sum().backward()
+    reference = dense(theirs)
+    reference.square().sum().backward()
+    called_itself = family == "dense" and layer.nnz >= 512
+    assert bool(counted.names) != called_itself
+    torch.testing.assert_close(y, reference)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert dense.weight.grad is not None
+    torch.testing.assert_close(layer.values.grad, dense.weight.grad.flatten())
 
 
 @pytest.mark.parametrize(("nnz", "family"), [(2_000, "unfolded"), (5_000, "dense")])

@@ -255,11 +255,14 @@ class _Timer:
         self.end = time.perf_counter() + budget_s
         self.to_come = comparisons
 
+    @property
+    def left_s(self) -> float:
+        return self.end - time.perf_counter()
+
     def __call__(self, calls: Mapping[str, _Call]) -> Mapping[str, Timing]:
-        left = self.end - time.perf_counter()
-        share = min(_LONGEST_S, left / self.to_come)
+        share = min(_LONGEST_S, self.left_s / self.to_come)
         self.to_come -= 1
-        if left <= 0 or not calls:
+        if share <= 0 or not calls:
             return {}
         with torch.no_grad(), below_autograd():
             return self.compare(calls, share)
@@ -285,6 +288,8 @@ def _measure_all(
 
 def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[Entry], Entry]:
     """What is chosen for each direction, and what was found of both gradients together."""
+    if timed.left_s <= 0:
+        return [_entry({}, default) for default in defaults], _entry({}, "")
     inputs = _inputs(job)
     found = []
     for direction, default in zip(DIRECTIONS, defaults, strict=True):
