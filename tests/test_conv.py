@@ -605,9 +605,9 @@ def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
         (8, 128, 56, 1.0, ["native"] * 3),
         (8, 256, 56, 1.0, ["dense", "native", "dense"]),
         (32, 256, 56, 0.87, ["native", "native", "dense"]),
-        (1, 256, 40, 0.95, ["dense"] * 3),
-        (1, 256, 40, 0.89, ["dense", "native", "dense"]),
-        (1, 256, 14, 0.95, ["dense"] * 3),
+        (1, 256, 40, 1.0, ["native"] * 3),
+        (1, 512, 40, 0.95, ["dense"] * 3),
+        (1, 512, 40, 0.89, ["dense", "native", "dense"]),
     ],
 )
 def test_the_documented_choice_for_strided_1x1_on_halves_of_512_bit_vectors(

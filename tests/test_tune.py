@@ -41,12 +41,15 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def invented(seconds: Mapping[str, float], noise: float = 0.0) -> Any:
-    """A `compare` that calls each candidate once and gives these figures."""
+    """A `compare` that calls each candidate once and gives these figures; a step that mixes
+    families takes the mean of theirs."""
 
     def measure(candidates: Candidates, budget_s: float) -> dict[str, Timing]:
         for call in candidates.values():
             call()
-        return {name: Timing(seconds[name], noise, 5) for name in candidates}
+        parts = {name: name.split(" + ") for name in candidates}
+        means = {name: sum(seconds[f] for f in p) / len(p) for name, p in parts.items()}
+        return {name: Timing(mean, noise, 5) for name, mean in means.items()}
 
     return measure
 
@@ -197,17 +200,12 @@ def test_the_default_gives_way_to_more_than_noise(
     assert {row.default for row in plans.rows} == {"native"}
 
 
-def by_product(
-    forward: Mapping[str, float],
-    grad_input: Mapping[str, float],
-    grad_values: Mapping[str, float],
-    backward: Mapping[str, float],
-) -> Any:
-    """As `invented`, with figures for each product; those of both gradients at once come last."""
-    figures = iter([forward, grad_input, grad_values, backward] * 100)
+def one_by_one(*figures: Mapping[str, float]) -> Any:
+    """As `invented`, with figures for each comparison in turn: three products, then steps."""
+    left = iter(figures)
 
     def measure(candidates: Candidates, budget_s: float) -> dict[str, Timing]:
-        seconds = next(figures)
+        seconds = next(left)
         assert set(candidates) == set(seconds)
         for call in candidates.values():
             call()
@@ -217,6 +215,7 @@ def by_product(
 
 
 NATIVE, DENSE = {"native": 1.0, "dense": 1.2}, {"native": 1.2, "dense": 1.0}
+APART = "dense + dense + native"  # what is fastest for each direction alone, in the test below
 
 
 def trained_by(model: nn.Module, x: torch.Tensor) -> list[str]:
@@ -231,40 +230,41 @@ def one_layer() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("together", "used"),
+    ("steps", "used"),
     [
-        # Each gradient by the family that is faster for it alone.
-        (
-            {"dense + native": 2.0, "native": 2.2, "dense": 2.2},
-            ["linear_dense_grad_input", "linear_grad_values"],
-        ),
-        # One family computes both faster than the two do, whatever each takes alone.
-        ({"dense + native": 2.0, "native": 1.8, "dense": 2.2}, ["linear_backward"]),
-        ({"dense + native": 2.0, "native": 2.2, "dense": 1.8}, ["linear_dense_backward"]),
+        ({APART: 3.0}, ["linear_dense", "linear_dense_grad_input", "linear_grad_values"]),
+        # One family computes both gradients faster than the two do, whatever each takes alone.
+        ({"dense + native + native": 3.0}, ["linear_dense", "linear_backward"]),
+        ({"dense": 3.0}, ["linear_dense", "linear_dense_backward"]),
+        ({"native": 3.0}, ["linear", "linear_backward"]),
         # The cost model's choice (native) gives way to what is faster by 2 %.
-        ({"dense + native": 1.99, "native": 2.0, "dense": 1.99}, ["linear_backward"]),
+        ({"native": 3.05, "dense": 3.0}, ["linear", "linear_backward"]),
     ],
 )
-def test_directions_are_chosen_on_their_own_and_gradients_together(
-    together: dict[str, float], used: list[str]
+def test_directions_are_chosen_on_their_own_and_steps_together(
+    steps: dict[str, float], used: list[str]
 ) -> None:
     model, x = one_layer(), torch.randn(6, 24)
-    measure = by_product(DENSE, DENSE, NATIVE, together)
+    ways = (APART, "dense + native + native", "dense", "native")
+    figures = dict.fromkeys(ways, 3.2) | steps
+    measure = one_by_one(DENSE, DENSE, NATIVE, figures)
     plans = sparsetrain.tune(model, x, cache=False, progress=False, compare=measure)
-    assert trained_by(model, x) == ["linear_dense", *used]
-    assert [row.direction for row in plans.rows] == [
-        *("forward", "grad_input", "grad_values"),
-        "backward",
-    ]
-    assert plans.rows[3].seconds == together
+    assert trained_by(model, x) == used
+    directions = ["forward", "grad_input", "grad_values", "step"]
+    assert [row.direction for row in plans.rows] == directions
+    assert plans.rows[3].seconds == figures
+    assert plans.rows[3].default == "native"
     assert len(plans.entries) == 3
 
 
-def test_gradients_that_leave_no_doubt_are_not_compared_together() -> None:
-    clear = {"native": 1.0, "dense": 1.4}
-    measure = by_product(NATIVE, clear, clear, {})
+def test_steps_that_leave_no_doubt_are_not_compared() -> None:
+    clear = {"native": 1.0, "dense": 1.6}
     plans = sparsetrain.tune(
-        one_layer(), torch.randn(6, 24), cache=False, progress=False, compare=measure
+        one_layer(),
+        torch.randn(6, 24),
+        cache=False,
+        progress=False,
+        compare=one_by_one(clear, clear, clear, {}),
     )
     assert [row.direction for row in plans.rows] == ["forward", "grad_input", "grad_values"]
 
@@ -299,7 +299,7 @@ def test_without_time_the_defaults_stay() -> None:
 def test_real_measurements() -> None:
     plans = sparsetrain.tune(mlp(), torch.randn(6, 24), budget_s=60.0, cache=False, progress=False)
     assert all(row.measured for row in plans.rows)
-    directions = [row for row in plans.rows if row.direction != "backward"]
+    directions = [row for row in plans.rows if row.direction != "step"]
     assert all(set(row.seconds) == {"native", "dense"} for row in directions)
     assert all(0 < s < 1 for row in plans.rows for s in row.seconds.values())
 

@@ -90,7 +90,8 @@ _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_val
 _IS_HALVES = _native.cpu_kind() == "halves"
 _HALVES_FEW: _BreakEvens = {"forward": 0.60, "grad_input": 0.55, "grad_values": 0.60}
 _HALVES_FEW_STRIDED: _BreakEvens = {"forward": 0.58, "grad_input": 0.65, "grad_values": 0.58}
-# 1 x 1 with a stride there, any batch: for up to so many input channels always, else the table.
+# 1 x 1 with a stride there, any batch: for up to so many input channels always (twice as many where
+# pixels are few), else the table.
 _HALVES_STRIDED_1X1_CHANNELS = 128
 _HALVES_STRIDED_1X1: _BreakEvens = {"forward": 0.88, "grad_input": 1.0, "grad_values": 0.86}
 _HALVES_STRIDED_1X1_FEW_PIXELS = 0.90  # grad_input
@@ -168,9 +169,11 @@ def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bo
 
 
 def _halves_strided_pointwise(direction: Direction, problem: Problem) -> float:
-    if problem.input_shape[1] // problem.groups <= _HALVES_STRIDED_1X1_CHANNELS:
+    few = _output_pixels(problem) < _STRIDED_1X1_PIXELS
+    channels = problem.input_shape[1] // problem.groups
+    if channels <= _HALVES_STRIDED_1X1_CHANNELS * (2 if few else 1):
         return 1.0
-    if direction == "grad_input" and _output_pixels(problem) < _STRIDED_1X1_PIXELS:
+    if direction == "grad_input" and few:
         return _HALVES_STRIDED_1X1_FEW_PIXELS
     return _HALVES_STRIDED_1X1[direction]
 
@@ -256,7 +259,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | with a stride above 1                        | 0.58    | 0.65       | 0.58        |
     | 1 x 1 with a stride, any batch               | 0.88    | 1.00       | 0.86        |
     | less than 512 pixels of all images           |         | 0.90       |             |
-    | 128 input channels or fewer                  | 1.00    | 1.00       | 1.00        |
+    | 128 input channels or fewer; 256 where that  | 1.00    | 1.00       | 1.00        |
 
     native is for 1-D and 2-D convolutions, unfolded for 3-D ones. Only these two give the same bits
     for any number of threads.

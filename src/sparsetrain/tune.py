@@ -36,11 +36,11 @@ class Row(NamedTuple):
 
     Attributes:
         layers: names of the layers that are alike.
-        direction: "forward", "grad_input", "grad_values", or "backward", which is the last two
-            computed one after the other or at once, where that was to be compared.
+        direction: "forward", "grad_input", "grad_values", or "step": all three, in the ways that
+            were to be compared.
         sizes: of the input, and of the output's units.
         density: share of weights that are nonzeros.
-        chosen: the family, or two for "backward".
+        chosen: the family; three for a "step" that mixes them.
         default: what the cost model would have taken.
         seconds: of each candidate.
         noise: seconds that a figure may be off.
@@ -145,11 +145,11 @@ def tune(
 
     One forward pass, without gradients and with the model as it is, shows the shapes that the
     layers meet. Each direction of each of them is then timed on its own, on random numbers of these
-    shapes, layers that are alike once; then both gradients together, in the ways that come into
-    question, since one family may compute them in one pass. What the cost model chose gives way
-    only to what is faster by 2 % and by more than the noise. The number of threads is that of now:
-    tune with the number that you train with. Values, gradients and state_dict are as before;
-    results differ by rounding.
+    shapes, layers that are alike once; then all three, one after the other, in the ways that come
+    into question, and the fastest step counts. What the cost model chose gives way only to what is
+    faster by 2 % and by more than the noise. The number of threads is that of now: tune with the
+    number that you train with. Values, gradients and state_dict are as before; results differ by
+    rounding.
 
     Args:
         model: a module that holds sparse layers.
@@ -276,18 +276,18 @@ def _measure_all(
     timed = _Timer(compare, budget_s, len(jobs) * (len(DIRECTIONS) + 1))
     for job in _tracked(jobs, progress):
         defaults = [job.planner.estimate(d, *job.problem).family for d in DIRECTIONS]
-        found, both = _measure(job, defaults, timed)
+        found, steps = _measure(job, defaults, timed)
         for direction, default, entry in zip(DIRECTIONS, defaults, found, strict=True):
             rows.append(_row(job, direction, default, entry))
             if entry.seconds:
                 entries[job.planner.store_key(direction, job.problem)] = entry
-        if both.seconds:
-            rows.append(_row(job, "backward", _name(*defaults[1:]), both))
+        if steps.seconds:
+            rows.append(_row(job, "step", _name(tuple(defaults)), steps))
     return entries, rows
 
 
 def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[Entry], Entry]:
-    """What is chosen for each direction, and what was found of both gradients together."""
+    """What is chosen for each direction, and what was found of all three together."""
     if timed.left_s <= 0:
         return [_entry({}, default) for default in defaults], _entry({}, "")
     inputs = _inputs(job)
@@ -295,13 +295,13 @@ def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[En
     for direction, default in zip(DIRECTIONS, defaults, strict=True):
         calls = {family: _call(job, inputs, direction, family) for family in _families(job)}
         found.append(_entry(timed(calls), default))
-    pairs = _pairs(found[1], found[2], (defaults[1], defaults[2]))
-    calls = {name: _backward_call(job, inputs, *pair) for name, pair in pairs.items()}
-    both = _entry(timed(calls), _name(*defaults[1:]))
-    if both.seconds:
-        for i, family in enumerate(pairs[both.family], 1):
-            found[i] = found[i]._replace(family=family)
-    return found, both
+    ways = _ways(found, tuple(defaults))
+    calls = {name: _step_call(job, inputs, way) for name, way in ways.items()}
+    steps = _entry(timed(calls), _name(tuple(defaults)))
+    if steps.seconds:
+        chosen = zip(found, ways[steps.family], strict=True)
+        found = [entry._replace(family=family) for entry, family in chosen]
+    return found, steps
 
 
 def _entry(timings: Mapping[str, Timing], default: str) -> Entry:
@@ -325,26 +325,33 @@ def _families(job: _Job) -> list[str]:
     return [family for family in job.planner.families if family != skipped]
 
 
-def _name(grad_input: str, grad_values: str) -> str:
-    """Of a way to compute both gradients."""
-    return grad_input if grad_input == grad_values else f"{grad_input} + {grad_values}"
+_Way = tuple[str, ...]  # a family for each direction
 
 
-def _pairs(dx: Entry, dw: Entry, default: tuple[str, str]) -> dict[str, tuple[str, str]]:
-    """Ways to compute both gradients that are to be compared, by name; none if one clearly wins.
+def _name(way: _Way) -> str:
+    return way[0] if len(set(way)) == 1 else " + ".join(way)
 
-    One family may take less time for both than for one and the other: it reads what they share
-    once, and finds it in the caches.
+
+def _ways(found: Sequence[Entry], default: _Way) -> dict[str, _Way]:
+    """Ways to compute a step that are to be compared, by name; none if one clearly wins.
+
+    Alone and over and over, a product finds in the caches what it does not find in a step, and one
+    family may compute both gradients in one pass.
     """
-    if not (dx.seconds and dw.seconds):
+    if not all(entry.seconds for entry in found):
         return {}
-    pairs = {(dx.family, dw.family), default, *((family, family) for family in dx.seconds)}
-    apart = {pair: dx.seconds[pair[0]] + dw.seconds[pair[1]] for pair in sorted(pairs)}
-    best = min(apart.values())
-    close = [pair for pair, seconds in apart.items() if seconds <= _CLOSE * best]
+    best = tuple(entry.family for entry in found)
+    families = found[0].seconds
+    ways = {best, default, *((best[0], family, family) for family in families)}
+    ways.update((family,) * len(best) for family in families)
+    alone = {
+        way: sum(entry.seconds[family] for entry, family in zip(found, way, strict=True))
+        for way in sorted(ways)
+    }
+    close = [way for way, s in alone.items() if s <= _CLOSE * min(alone.values())]
     if len(close) == 1:
         return {}
-    return {_name(*pair): pair for pair in apart if pair in close or pair == default}
+    return {_name(way): way for way in alone if way in close or way == default}
 
 
 class _Inputs(NamedTuple):
@@ -386,15 +393,17 @@ def _call(job: _Job, inputs: _Inputs, direction: str, family: str) -> _Call:
     return partial(direct(job.planner.families[family][index]), *arguments[direction])
 
 
-def _backward_call(job: _Job, inputs: _Inputs, grad_input: str, grad_values: str) -> _Call:
-    """Both gradients, as a plan that names these families computes them."""
-    if grad_input != grad_values:
-        one = _call(job, inputs, "grad_input", grad_input)
-        other = _call(job, inputs, "grad_values", grad_values)
-        return lambda: (one(), other())
+def _step_call(job: _Job, inputs: _Inputs, way: _Way) -> _Call:
+    """A step of the layer, as a plan that names these families computes it."""
+    forward, grad_input, grad_values = (
+        _call(job, inputs, *direction) for direction in zip(DIRECTIONS, way, strict=True)
+    )
+    if way[1] != way[2]:
+        return lambda: (forward(), grad_input(), grad_values())
     x, values, _, grad, _ = inputs
-    both = direct(job.planner.families[grad_input][3])
-    return partial(both, grad, x, values, *job.pattern, *job.problem.geometry, True)
+    op = direct(job.planner.families[way[1]][3])
+    backward = partial(op, grad, x, values, *job.pattern, *job.problem.geometry, True)
+    return lambda: (forward(), backward())
 
 
 def _row(job: _Job, direction: str, default: str, entry: Entry) -> Row:

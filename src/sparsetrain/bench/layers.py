@@ -174,11 +174,13 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
     from sparsetrain.bench.problems import layer_from
 
     layer = layer_from(group["layer"])
+    # Steps of few samples are short: many short turns tell more than a few long ones.
+    small = layer.batch <= 8
     settings = Settings(
         threads,
-        request["budget_s"] / (1 if layer.batch > 8 else 8),
+        request["budget_s"] / (8 if small else 1),
         request["min_rounds"],
-        request["turn_s"],
+        min(request["turn_s"], 0.01) if small else request["turn_s"],
         group["peers"],
         request["tuned"],
         request["forward"],
