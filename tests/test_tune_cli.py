@@ -56,7 +56,7 @@ def test_examples_as_json(name: str) -> None:
     result = CliRunner().invoke(app, ["tune", name, *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert len(rows) == 9
+    assert len([row for row in rows if row["direction"] != "step"]) == 9
     assert rows[0]["direction"] == "forward"
     assert set(rows[0]) >= {"layers", "density", "chosen", "default", "seconds", "gains"}
 

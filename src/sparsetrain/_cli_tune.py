@@ -119,9 +119,10 @@ def tune_command(
         return
     if explain:
         typer.echo(plans.explain())
-    changed = sum(row.chosen != row.default for row in plans.rows)
-    measured = sum(row.measured for row in plans.rows)
+    products = [row for row in plans.rows if row.direction != "step"]
+    changed = sum(row.chosen != row.default for row in products)
+    measured = sum(row.measured for row in products)
     typer.echo(
-        f"{measured} of {len(plans.rows)} products measured; {changed} are computed otherwise than "
+        f"{measured} of {len(products)} products measured; {changed} are computed otherwise than "
         "the cost model would"
     )

@@ -61,7 +61,11 @@ RESULTS = (
         "Linear layers, 512-bit vectors in two halves, memory kept",
     ),
     ("conv_halves", ("layers",), "Convolutions, 512-bit vectors in two halves"),
-    ("layers_halves", ("layers",), "Layers of the two ResNets, 512-bit vectors in two halves"),
+    (
+        "layers_halves",
+        ("layers",),
+        "Every layer of five networks, batch 32, 512-bit vectors in two halves",
+    ),
     (
         "layers_small_batches_halves",
         ("layers",),
