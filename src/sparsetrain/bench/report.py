@@ -67,6 +67,11 @@ RESULTS = (
         "Every layer of five networks, batch 32, 512-bit vectors in two halves",
     ),
     (
+        "layers_peers_halves",
+        ("layers",),
+        "Every layer of five networks, beside other libraries, 512-bit vectors in two halves",
+    ),
+    (
         "layers_small_batches_halves",
         ("layers",),
         "Every layer of five networks, batch 1 and 8, 512-bit vectors in two halves",
