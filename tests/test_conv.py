@@ -443,6 +443,10 @@ def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
         assert torch.equal(results[0], results[2])
 
 
+def chosen(problem: Problem) -> list[str]:
+    return [choose(direction, problem).family for direction in DIRECTIONS]
+
+
 @pytest.mark.parametrize(
     ("changes", "families"),
     [
@@ -510,7 +514,7 @@ def test_the_documented_choice(
         groups=1,
         dtype=torch.float32,
     )._replace(**changes)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    assert chosen(problem) == families
     for line, family in zip(explain(problem).splitlines()[1:], families, strict=True):
         assert line.split()[1] == family
 
@@ -540,7 +544,7 @@ def test_the_documented_choice_for_1x1_on_whole_512_bit_vectors(
     nnz = int(density * 256 * 256)
     window = ((1, 1), (stride, stride), (0, 0), (1, 1))
     problem = Problem((batch, 256, size, size), 256, nnz, *window, 1, torch.float32)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    assert chosen(problem) == families
 
 
 def test_the_documented_choice_for_1x1_on_halves_of_512_bit_vectors(
@@ -550,8 +554,7 @@ def test_the_documented_choice_for_1x1_on_halves_of_512_bit_vectors(
     monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", True)
     window = ((1, 1), (1, 1), (0, 0), (1, 1))
     problem = Problem((1, 64, 40, 40), 64, int(0.7 * 64 * 64), *window, 1, torch.float32)
-    families = [choose(direction, problem).family for direction in DIRECTIONS]
-    assert families == ["native", "native", "dense"]
+    assert chosen(problem) == ["native", "native", "dense"]
 
 
 @pytest.mark.parametrize(
@@ -574,7 +577,7 @@ def test_the_documented_choice_for_batches_that_fill_vectors_in_part(
     window = ((3, 3), (1, 1), (1, 1), (1, 1))
     nnz = int(density * 64 * 64 * 9)
     problem = Problem((batch, 64, 28, 28), 64, nnz, *window, 1, torch.float32)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    assert chosen(problem) == families
 
 
 @pytest.mark.parametrize(
@@ -596,7 +599,7 @@ def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
     window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
     nnz = int(density * 64 * 64 * kernel * kernel)
     problem = Problem((2, 64, 56, 56), 64, nnz, *window, 1, torch.float32)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    assert chosen(problem) == families
 
 
 @pytest.mark.parametrize(
@@ -624,7 +627,7 @@ def test_the_documented_choice_for_strided_1x1_on_halves_of_512_bit_vectors(
     shape = (batch, channels, size, size)
     nnz = int(density * channels * 128)
     problem = Problem(shape, 128, nnz, *window, 1, torch.float32)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == families
+    assert chosen(problem) == families
 
 
 @pytest.mark.parametrize("family", ["native", "dense"])
@@ -632,7 +635,8 @@ def test_the_documented_choice_for_strided_1x1_on_halves_of_512_bit_vectors(
 def test_layers_that_hold_all_their_weights(dimensions: int, family: str) -> None:
     """They have a plan like others; where the library computes everything, it is called itself."""
     dense = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1](6, 16, 3, stride=2, padding=1)
-    layer = [SparseConv1d, SparseConv2d, SparseConv3d][dimensions - 1].from_dense(dense)
+    everywhere = torch.ones_like(dense.weight, dtype=torch.bool)
+    layer = [SparseConv1d, SparseConv2d, SparseConv3d][dimensions - 1].from_dense(dense, everywhere)
     assert layer.nnz == dense.weight.numel() >= 256
     x = torch.randn(2, 6, *[7] * dimensions, generator=generator(4))
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -657,7 +661,7 @@ def test_layers_that_hold_all_their_weights(dimensions: int, family: str) -> Non
 def test_the_documented_choice_in_three_dimensions(nnz: int, family: str) -> None:
     three = [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 1, 1)]
     problem = Problem((4, 16, 16, 16, 16), 32, nnz, *three, 1, torch.float32)
-    assert [choose(direction, problem).family for direction in DIRECTIONS] == [family] * 3
+    assert chosen(problem) == [family] * 3
 
 
 def test_forced_pattern_shapes() -> None:

@@ -172,7 +172,7 @@ class Planner:
         return plan or self._made(key)
 
     def families_of(self, x: Tensor, crow: Tensor, col: Tensor, geometry: Any) -> frozenset[str]:
-        """Those that compute a layer's products. None while layers are observed, or for symbolic
+        """Those that compute a layer's products; empty while layers are observed, and for symbolic
         sizes."""
         plan = None if self.observer else self._plan(x.shape, x, crow, col, geometry)
         return frozenset() if plan is None else plan.families

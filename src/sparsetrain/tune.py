@@ -24,9 +24,10 @@ __all__ = ["Plans", "Row", "load_plans", "tune"]
 _PLANNERS = (ops.PLANNER, conv_ops.PLANNER)
 _SHARE = 0.02  # a challenger must win by this, and by more than the noise
 _LONGEST_S = 1.0  # for the candidates of one product
-_CLOSE = 1.3  # what takes so many times as long in two parts does not win as a whole
+_CLOSE = 1.3  # what takes so many times as long in parts does not win as a whole step
 
 _Call = Callable[[], object]
+_Way = tuple[str, ...]  # a family for each direction
 # What is timed by default; tests replace it.
 Compare = Callable[[Mapping[str, _Call], float], Mapping[str, Timing]]
 
@@ -275,18 +276,18 @@ def _measure_all(
     rows: list[Row] = []
     timed = _Timer(compare, budget_s, len(jobs) * (len(DIRECTIONS) + 1))
     for job in _tracked(jobs, progress):
-        defaults = [job.planner.estimate(d, *job.problem).family for d in DIRECTIONS]
+        defaults = tuple(job.planner.estimate(d, *job.problem).family for d in DIRECTIONS)
         found, steps = _measure(job, defaults, timed)
         for direction, default, entry in zip(DIRECTIONS, defaults, found, strict=True):
             rows.append(_row(job, direction, default, entry))
             if entry.seconds:
                 entries[job.planner.store_key(direction, job.problem)] = entry
         if steps.seconds:
-            rows.append(_row(job, "step", _name(tuple(defaults)), steps))
+            rows.append(_row(job, "step", _name(defaults), steps))
     return entries, rows
 
 
-def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[Entry], Entry]:
+def _measure(job: _Job, defaults: _Way, timed: _Timer) -> tuple[list[Entry], Entry]:
     """What is chosen for each direction, and what was found of all three together."""
     if timed.left_s <= 0:
         return [_entry({}, default) for default in defaults], _entry({}, "")
@@ -295,9 +296,9 @@ def _measure(job: _Job, defaults: Sequence[str], timed: _Timer) -> tuple[list[En
     for direction, default in zip(DIRECTIONS, defaults, strict=True):
         calls = {family: _call(job, inputs, direction, family) for family in _families(job)}
         found.append(_entry(timed(calls), default))
-    ways = _ways(found, tuple(defaults))
+    ways = _ways(found, defaults)
     calls = {name: _step_call(job, inputs, way) for name, way in ways.items()}
-    steps = _entry(timed(calls), _name(tuple(defaults)))
+    steps = _entry(timed(calls), _name(defaults))
     if steps.seconds:
         chosen = zip(found, ways[steps.family], strict=True)
         found = [entry._replace(family=family) for entry, family in chosen]
@@ -323,9 +324,6 @@ def _families(job: _Job) -> list[str]:
     deep = bool(geometry) and len(geometry[0]) == 3
     skipped = "native" if deep else "unfolded"
     return [family for family in job.planner.families if family != skipped]
-
-
-_Way = tuple[str, ...]  # a family for each direction
 
 
 def _name(way: _Way) -> str:

@@ -192,7 +192,7 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
     for row in rows:
         row["other_load_cpus"] = load.cpus
         row["targets"] = verdicts.targets_of(layer.targets, row["sparsity"], request)
-    if threads > 1 and (layer.batch > 8 or request["scaling_only"]):
+    if threads > 1 and (not small or request["scaling_only"]):
         names = ("sparsetrain", *PEERS) if request["scaling_only"] else OWN
         for row, scaling in zip(rows, bench.scaling(ceilings, names), strict=True):
             row["scaling"] = scaling
