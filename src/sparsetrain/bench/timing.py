@@ -126,12 +126,14 @@ def interleave(
     max_rounds: int = 30,
     turn_s: float = 0.03,
     settle_s: float = 0.0,
+    before_round: Callable[[], object] | None = None,
 ) -> int:
     """Times all `turns` round-robin for about `budget_s` seconds; returns the rounds done.
 
     Every other round runs in the opposite order, so that no contestant always follows the same
     one. `settle_s` of sleep before each turn lets the worker threads of another OpenMP runtime
-    stop spinning. Garbage collection is off meanwhile. A contestant that raises keeps `error`
+    stop spinning. `before_round` is called, untimed, at the start of each round. Garbage
+    collection is off meanwhile. A contestant that raises keeps `error`
     and no values.
     """
     enabled = gc.isenabled()
@@ -142,6 +144,8 @@ def interleave(
             _guarded(turn, partial(turn.calibrate, turn_s, budget_s))
         start, done = time.perf_counter(), 0
         while done < max(min_rounds, max_rounds):
+            if before_round:
+                before_round()
             for turn in turns if done % 2 == 0 else reversed(turns):
                 if settle_s:
                     time.sleep(settle_s)
