@@ -4,6 +4,7 @@ built. Both must give the same bits, ask for the same work, and raise the same e
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import os
 import subprocess
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from helpers import CountOps
 from sparsetrain import _native, conv_ops, ops
-from sparsetrain._planner import Planner
+from sparsetrain import nn as snn
+from sparsetrain._planner import Choice, Planner
 from sparsetrain.pattern import SparsePattern
 
 NEEDS = [n for n in itertools.product((False, True), repeat=3) if any(n)]
@@ -194,3 +196,214 @@ def test_the_short_way_is_taken_and_gives_the_same(kind: str) -> None:
         assert torch.equal(planner.forward(*leaves, *inputs[3:]), expected)
     planner.forget()
     assert torch.equal(planner.forward(*leaves, *inputs[3:]), expected)
+
+
+# ---- layers: past their checks, and past the operations ------------------------------------------
+
+
+def layer_and_input(kind: str, sparsity: float, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    if kind == "linear":
+        layer = snn.SparseLinear(40, 24, sparsity=sparsity, dtype=dtype)
+        return layer, torch.randn(2, 3, 40, dtype=dtype)
+    layer = snn.SparseConv2d(8, 12, 3, padding=1, stride=(2, 1), sparsity=sparsity, dtype=dtype)
+    return layer, torch.randn(2, 8, 7, 6, dtype=dtype)
+
+
+def planner_of(kind: str) -> Planner:
+    return ops.PLANNER if kind == "linear" else conv_ops.PLANNER
+
+
+def step(layer: Any, x: Tensor, **options: Any) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    leaves = [x, *layer.parameters()]
+    return [y, *torch.autograd.grad(y.square().sum(), leaves, **options)]
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (0, 40), (2, 0, 40), (2, 3, 40), (2, 1, 3, 40)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_a_linear_layer_takes_any_leading_dimensions(shape: tuple[int, ...], layout: str) -> None:
+    layer, _ = layer_and_input("linear", 0.7, torch.float64)
+    dense = layer.to_dense()
+    x = torch.randn(*shape, dtype=torch.float64)
+    if layout == "transposed":
+        x = torch.randn(*reversed(shape), dtype=torch.float64).permute(*reversed(range(len(shape))))
+    elif layout == "expanded":
+        x = x[:1].expand(shape)
+    for _ in range(2):  # the first call makes the shortcut that the second one takes
+        y, dx, dvalues, dbias = step(layer, x)
+        y2, dx2, dweight, dbias2 = step(dense, x)
+        torch.testing.assert_close([y, dx, dbias], [y2, dx2, dbias2])
+        torch.testing.assert_close(dvalues, layer.pattern.gather(dweight))
+    assert (x.shape, layer.pattern.shape, layer.nnz) in {c[0] for c in ops.PLANNER.shortcuts}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_higher_derivatives_by_the_shortcut(kind: str, sparsity: float) -> None:
+    layer, x = layer_and_input(kind, sparsity, torch.float64)
+    names = ("values", "bias")
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        parameters_of = dict(zip(names, parameters, strict=True))
+        y: Tensor = torch.func.functional_call(layer, parameters_of, (x,))
+        return y
+
+    small = x[:1, :1] if kind == "linear" else x[:1, :, :3, :3]
+    inputs = [t.detach().requires_grad_() for t in (small, layer.values, layer.bias)]
+    with planner_of(kind).choosing(lambda *_: Choice("native" if sparsity else "dense", "")):
+        function(*inputs)
+        assert planner_of(kind).shortcuts
+        torch.autograd.gradcheck(function, inputs)
+        torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shortcut_is_for_its_circumstances_only(kind: str) -> None:
+    layer, x = layer_and_input(kind, 0.0)
+    planner = planner_of(kind)
+    planner.forget()
+    found: list[set[Any]] = []
+
+    def note() -> None:
+        layer(x)
+        found.append(set(planner.shortcuts) - set().union(*found))
+
+    note()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - before)
+    note()
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(True)
+    note()
+    torch.use_deterministic_algorithms(False)
+    layer.double()
+    x = x.double()
+    note()
+    layer.set_pattern(SparsePattern.random(layer.pattern.shape, 0.5), torch.randn(layer.nnz // 2))
+    note()
+    x = x[:1]
+    note()
+    assert [len(new) for new in found] == [1] * 6
+    calls = len(planner.shortcuts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x.float()).dtype is torch.bfloat16
+    with torch.inference_mode():
+        layer(x.float())
+    torch.func.grad(lambda x: layer(x).sum())(x.float())
+    assert len(planner.shortcuts) == calls
+    planner.forget()
+    assert not planner.shortcuts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_shortcut_bad_input_is_still_refused(kind: str) -> None:
+    layer, x = layer_and_input(kind, 0.0)
+    with planner_of(kind).choosing(lambda *_: Choice("dense", "")):
+        layer(x)
+        layer(x)
+        for bad, error in (
+            (x[..., :-1, :-1] if kind == "linear" else x[:, :5], ValueError),
+            (x.double(), TypeError),
+            (x.to(torch.int64), TypeError),
+            (x.numpy(), TypeError),
+            (x.to("meta"), ValueError),
+            ([1.0], TypeError),
+        ):
+            with pytest.raises(error):
+                layer(bad)
+        function = ops.sparse_linear if kind == "linear" else conv_ops.sparse_conv
+        sizes = {} if kind == "linear" else {"kernel_size": (3, 3), "padding": 1, "stride": (2, 1)}
+        for values, bias, message in (
+            (layer.values[:-1], layer.bias, "values"),
+            (layer.values, layer.bias[:-1], "bias"),
+        ):
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=message):
+                    function(x, values, bias, layer.pattern, **sizes)
+
+
+def profiled(run: Any) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_with_all_its_weights_calls_the_library_itself(kind: str, layout: str) -> None:
+    layer, x = layer_and_input(kind, 0.0)
+    if layout == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    dense = layer.to_dense()
+    with planner_of(kind).choosing(lambda *_: Choice("dense", "")):
+        layer(x)
+        ours: list[Tensor] = []
+        names = profiled(lambda: ours.extend(step(layer, x)))
+    assert not any(name.startswith(f"sparsetrain::{kind}") for name in names)
+    assert ("aten::mm" if kind == "linear" else "aten::convolution_backward") in names
+    theirs = step(dense, x)
+    theirs[2] = theirs[2].flatten()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.is_contiguous() or a.shape == x.shape  # dx may be laid out as x is
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_all_weights_in_every_combination(kind: str, needs: Any) -> None:
+    layer, x = layer_and_input(kind, 0.0)
+    dense = layer.to_dense()
+    x.requires_grad_(needs[0])
+    for parameters in (layer.parameters(), dense.parameters()):
+        for parameter, need in zip(parameters, needs[1:], strict=True):
+            parameter.requires_grad_(need)
+    with planner_of(kind).choosing(lambda *_: Choice("dense", "")):
+        layer(x)
+        results = []
+        for module in (layer, dense):
+            leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
+            results.append(torch.autograd.grad(module(x).square().sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b.reshape(a.shape))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_autograd_traces_layers(kind: str, sparsity: float, frozen: bool) -> None:
+    layer, x = layer_and_input(kind, sparsity)
+    layer.values.requires_grad_(not frozen)
+
+    def gradients_of(x: Tensor) -> list[Tensor]:
+        layer.zero_grad()
+        x = x.detach().requires_grad_()
+        layer(x).square().sum().backward()
+        return [p.grad.clone() for p in (x, *layer.parameters()) if p.grad is not None]
+
+    inputs = [x, x[:1]]
+    if kind == "linear":
+        inputs.append(x.view(3, 2, -1))  # the same matrix, other dimensions
+    for each in inputs:
+        layer(each)  # makes the shortcut
+    expected = [gradients_of(each) for each in inputs]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        traced = [gradients_of(each) for each in inputs]
+    for pair in zip(expected, traced, strict=True):
+        for e, t in zip(*pair, strict=True):
+            torch.testing.assert_close(e, t)
+
+
+@pytest.mark.filterwarnings("ignore")  # it is deprecated, and sizes become constants
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_trace_records_operations_and_no_routes(kind: str, sparsity: float) -> None:
+    layer, x = layer_and_input(kind, sparsity)
+    expected = layer(x)
+    traced = torch.jit.trace(layer, (x,))
+    assert "routed" not in str(traced.graph)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), expected)

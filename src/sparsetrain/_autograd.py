@@ -11,14 +11,20 @@ from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch.autograd import forward_ad
 
+# Looked up once: on a tiny layer, an attribute chain costs as much as the call.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+
 __all__ = [
     "Grads",
     "InDims",
     "below_autograd",
     "direct",
     "functions",
+    "functorch_active",
     "refuse_mapped_pattern",
     "total",
+    "traced",
     "transforming",
     "vmap_by_slices",
 ]
@@ -145,6 +151,11 @@ def total(terms: list[Tensor]) -> Tensor:
     for term in terms[1:]:
         result = result + term
     return result
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is looking on."""
+    return _is_compiling() or _is_tracing()
 
 
 def transforming() -> bool:

@@ -12,6 +12,7 @@ operations `*_planned`, which ask for the plan of the sizes that they meet.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,25 +20,28 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsetrain import _native, _plan_store
-from sparsetrain._autograd import direct, transforming
+from sparsetrain._autograd import direct, functorch_active, traced, transforming
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
 
-__all__ = ["DIRECTIONS", "Choice", "Direction", "Planner", "Problem"]
+__all__ = ["DENSELY", "DIRECTIONS", "Choice", "Direction", "Planner", "Problem"]
 
 Direction = Literal["forward", "grad_input", "grad_values"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
+
+DENSELY = frozenset({"dense"})  # the families of a plan that leaves all to the library
 
 _PLANS_KEPT = 4096  # a topology that changes its number of nonzeros leaves old ones behind
 
 # Looked up once: on a tiny layer, an attribute chain costs as much as the call.
 _get_num_threads = torch.get_num_threads
-_is_compiling = torch.compiler.is_compiling
 _is_inference = torch.is_inference_mode_enabled
 _are_deterministic = torch.are_deterministic_algorithms_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 class Choice(NamedTuple):
@@ -48,6 +52,10 @@ class Choice(NamedTuple):
     variant: int = 0
 
 
+if _native.HAS_ROUTES:  # what a trace of a route's gradients calls
+    torch.library.register_fake("sparsetrain::sized", lambda grad, sizes: grad.new_empty(sizes))
+
+
 class _Route:
     """A plan as the native side knows it, which records a training step without Python.
 
@@ -55,10 +63,19 @@ class _Route:
     threads in between, this is the plan that they are from.
     """
 
-    def __init__(self, operations: Sequence[Any], geometry: Sequence[Any], size: Any) -> None:
+    def __init__(
+        self,
+        operations: Sequence[Any],
+        geometry: Sequence[Any],
+        size: Any,
+        weight: Sequence[int],
+    ) -> None:
+        """`weight`: the shape of the dense weight where `values` hold all of it and the library
+        computes all products, which is then called without an operation in between; or ()."""
         names = [operation._schema.name if operation else "" for operation in operations]
         arguments = [[0, *a] if isinstance(a, (tuple, list)) else [1, a] for a in (*geometry, size)]
-        self.number: int = _unseen(torch.ops.sparsetrain.make_route, names, arguments)
+        make = torch.ops.sparsetrain.make_route
+        self.number: int = _unseen(make, names, arguments, list(weight))
         forget = torch.ops.sparsetrain.forget_route
         weakref.finalize(self, _unseen, forget, self.number).atexit = False
 
@@ -67,6 +84,17 @@ def _unseen(operation: Callable[..., Any], *inputs: Any) -> Any:
     """Without torch's modes, which would count this or take it for a computation."""
     with _disable_current_modes():
         return operation(*inputs)
+
+
+def nothing_special() -> bool:
+    """Whether no trace, transform, autocast or inference mode changes what a call does."""
+    return not (
+        traced()
+        or _is_autocast_enabled("cpu")
+        or _is_inference()
+        or functorch_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 class _Plan(NamedTuple):
@@ -108,6 +136,7 @@ class Planner:
         choose: what decides: a measurement if there is one, or else the estimate.
         shapes: of this kind of layer.
         observer: called with every forward product's problem and pattern, if there is one.
+        shortcuts: from what a layer's call depends on to its route; see `shortcut`.
         products: the planned family; differentiable.
     """
 
@@ -127,12 +156,13 @@ class Planner:
         self.observer: Observer | None = None
         self.shapes = shapes
         self._plans: dict[Any, _Plan] = {}
+        self.shortcuts: dict[Any, _Route] = {}
         calls = (self._forward, self._grad_input, self._grad_values, self._backward)
         named = {f"{suffix}_planned": schema for suffix, schema in schemas.items()}
         self._ops = define(name, named, *calls)
         recorded = None
         if _native.HAS_ROUTES:
-            self._routed = direct(torch.ops.sparsetrain.routed.default)
+            self.routed = direct(torch.ops.sparsetrain.routed.default)
             recorded = self._recorded
         self.products = Family(*self._ops, shapes=shapes, calls=calls, recorded=recorded)
         for operations in families.values():
@@ -151,7 +181,7 @@ class Planner:
 
     def forget(self) -> None:
         """Plans are made anew, as after a change of what is known about this machine."""
-        self._plans = {}
+        self._plans, self.shortcuts = {}, {}
 
     def _plan(
         self, x_shape: Sequence[int], like: Tensor, crow: Tensor, col: Tensor, geometry: Any
@@ -177,30 +207,55 @@ class Planner:
         plan = None if self.observer else self._plan(x.shape, x, crow, col, geometry)
         return frozenset() if plan is None else plan.families
 
+    def shortcut(self, call: Any, x_shape: tuple[int, ...], like: Tensor, *rest: Any) -> None:
+        """Keeps the route of a call that has just been computed.
+
+        `call` holds all that the checks of its arguments and its plan depend on, so that the next
+        such call needs neither: on a small batch, Python takes some percent of a step, driven from
+        the caches as it is by the products. What follows is the shape of the product's input, the
+        input, crow, col and the geometry.
+        """
+        crow, col, geometry = rest
+        plan = self._plan(x_shape, like, crow, col, geometry)
+        if plan is not None and plan.route is not None:
+            if len(self.shortcuts) >= _PLANS_KEPT:
+                self.shortcuts = {}
+            self.shortcuts[call] = plan.route
+
     def _made(self, key: Any) -> _Plan:
-        choices = [self.choose(direction, *self._problem(key)) for direction in DIRECTIONS]
-        operations: list[Any] = [self.families[c.family][i] for i, c in enumerate(choices)]
+        problem = self._problem(key)
+        plan = self.plan_of(problem, [self.choose(d, *problem).family for d in DIRECTIONS])
+        if len(self._plans) >= _PLANS_KEPT:
+            self.forget()
+        self._plans[key] = plan
+        return plan
+
+    def plan_of(self, problem: Problem, way: Sequence[str]) -> _Plan:
+        """The plan that computes the three products by these families."""
+        operations: list[Any] = [self.families[family][i] for i, family in enumerate(way)]
         forward, grad_input, grad_values = (direct(operation) for operation in operations)
-        both = self.families[choices[1].family][3]
-        if choices[1].family == choices[2].family:
+        if way[1] == way[2]:
+            both = self.families[way[1]][3]
             backward = direct(both)
             operations.append(both)
         else:
             backward = self._one_by_one(grad_input, grad_values)
             operations.append(None)
-        if len(self._plans) >= _PLANS_KEPT:
-            self._plans = {}
-        route = self._route(operations, key) if _native.HAS_ROUTES else None
-        families = frozenset(choice.family for choice in choices)
-        plan = _Plan(forward, grad_input, grad_values, backward, route, families)
-        self._plans[key] = plan
-        return plan
+        families = frozenset(way)
+        route = self._route(operations, problem, families) if _native.HAS_ROUTES else None
+        return _Plan(forward, grad_input, grad_values, backward, route, families)
 
-    def _route(self, operations: Sequence[Any], key: Any) -> _Route | None:
-        (x_shape, *_), geometry, *_ = key
-        if len(x_shape) < 2:  # for the native operation to refuse
+    def _route(
+        self, operations: Sequence[Any], problem: Problem, families: frozenset[str]
+    ) -> _Route | None:
+        x_shape, rows, nnz, dtype, _, _, geometry = problem
+        if len(x_shape) < 2 or (not geometry and len(x_shape) != 2):  # for the operation to refuse
             return None
-        return _Route([*operations, *self._ops[1:3]], geometry, self.shapes.size(x_shape))
+        weight = self.shapes.weight(x_shape, rows, geometry)
+        # The library's bfloat16 gradients are not all right: the operations know which.
+        whole = families == DENSELY and math.prod(weight) == nnz and dtype is not torch.bfloat16
+        size = self.shapes.size(x_shape)
+        return _Route([*operations, *self._ops[1:3]], geometry, size, weight if whole else ())
 
     @staticmethod
     def _problem(key: Any) -> Problem:
@@ -212,7 +267,7 @@ class Planner:
     def store_key(self, direction: Direction, problem: Problem) -> str:
         """Under which a measurement of this product is kept."""
         x_shape, rows, nnz, dtype, threads, _, geometry = problem
-        weights = rows * self.shapes.columns(x_shape, geometry)
+        weights = math.prod(self.shapes.weight(x_shape, rows, geometry))
         return _plan_store.key_of(
             self.name, direction, x_shape, rows, nnz, weights, dtype, threads, geometry
         )
@@ -258,7 +313,7 @@ class Planner:
         """`products.forward`. A plan that is there, and that C++ can record where anything is to be
         recorded, is followed from here: a tiny layer's time is that of the calls in between."""
         if (
-            not _is_compiling()
+            not traced()
             and (values.requires_grad or x.requires_grad)
             and not _is_inference()
             and not transforming()
@@ -267,7 +322,7 @@ class Planner:
             sizes = (x.shape, crow.size(0), col.size(0), x.dtype)
             plan = self._plans.get((sizes, geometry, _get_num_threads(), _are_deterministic()))
             if plan is not None and plan.route is not None:
-                y: Tensor = self._routed(plan.route.number, x, values, bias, crow, col, key)
+                y: Tensor = self.routed(plan.route.number, x, values, bias, crow, col, key)
                 return y
         return self.products.forward(x, values, bias, crow, col, key, *geometry)
 
@@ -298,7 +353,7 @@ class Planner:
             return self.products.forward.function(x, values, bias, *rest)
         if self.observer is not None:
             self._observed(x, crow, col, key, geometry)
-        y: Tensor = self._routed(plan.route.number, x, values, bias, crow, col, key)
+        y: Tensor = self.routed(plan.route.number, x, values, bias, crow, col, key)
         return y
 
     def _grad_input(

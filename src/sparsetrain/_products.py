@@ -30,6 +30,7 @@ from sparsetrain._autograd import (
     functions,
     refuse_mapped_pattern,
     total,
+    traced,
     transforming,
     vmap_by_slices,
 )
@@ -41,7 +42,6 @@ Geometry = tuple[Any, ...]
 _Out = TypeVar("_Out")
 
 # Looked up once: on a tiny layer, an attribute chain costs as much as the check.
-_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -60,8 +60,8 @@ class Shapes(Protocol):
     def folded(self, size: Any, count: int) -> Any:
         """`size` with the batch `count` times as large."""
 
-    def columns(self, x: Sequence[int], geometry: Geometry) -> int:
-        """Columns of the pattern of a layer that takes inputs of shape `x`."""
+    def weight(self, x: Sequence[int], rows: int, geometry: Geometry) -> Sequence[int]:
+        """Shape of the dense weight of a layer that takes inputs of shape `x`."""
 
 
 class Products(Protocol):
@@ -179,7 +179,7 @@ class Family:
                 self.grad_input(grad, values, crow, col, key, size, *geometry),
                 *self.grad_values(grad, x, crow, col, key, *geometry, bias),
             )
-        if _is_compiling():
+        if traced():
             return self._backward_op(grad, x, values, *rest)
         with below_autograd():
             return self._backward_direct(grad, x, values, *rest)
@@ -243,7 +243,7 @@ class _Operation(Generic[_Out]):
     def __call__(self, *inputs: Any) -> _Out:
         if transforming():
             return self.transformable(*inputs)
-        if _is_compiling():
+        if traced():
             return self.op(*inputs)
         if _is_grad_enabled():
             for i in self.differentiable:

@@ -21,7 +21,6 @@ Paper: Nikdan et al., SparseProp, 2023, https://arxiv.org/abs/2302.04852.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +29,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsetrain._arguments import autocast, computed_densely
+from sparsetrain._autograd import traced
 from sparsetrain._conv_choice import Problem, choose
 from sparsetrain._conv_define import DENSE, NATIVE, SCHEMAS
 from sparsetrain._conv_shapes import Geometry, check, fits, geometry_of, integers, output_size
 from sparsetrain._conv_unfolded import UNFOLDED
-from sparsetrain._planner import Choice, Direction, Planner
+from sparsetrain._planner import DENSELY, Choice, Direction, Planner, nothing_special
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
@@ -44,9 +44,8 @@ __all__ = ["conv", "conv_backward", "conv_grad_input", "conv_grad_values", "spar
 
 # Looked up once: on a tiny layer, an attribute chain costs as much as the check.
 _is_autocast_enabled = torch.is_autocast_enabled
-_is_compiling = torch.compiler.is_compiling
-
-_DENSELY = frozenset({"dense"})
+_get_num_threads = torch.get_num_threads
+_are_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class _Shapes:
@@ -64,9 +63,9 @@ class _Shapes:
     def folded(self, size: Sequence[int], count: int) -> list[int]:
         return [size[0] * count, *size[1:]]
 
-    def columns(self, x: Sequence[int], geometry: tuple[Any, ...]) -> int:
+    def weight(self, x: Sequence[int], rows: int, geometry: tuple[Any, ...]) -> tuple[int, ...]:
         kernel_size, *_, groups = geometry
-        return int(x[1] // groups * math.prod(kernel_size))
+        return rows, x[1] // groups, *kernel_size
 
 
 def _choose(
@@ -228,17 +227,48 @@ def sparse_conv(
             that torch.nn.functional.pad refuses.
     """
     sizes = (kernel_size, stride, padding, dilation, groups, padding_mode)
+    if not nothing_special() or PLANNER.observer is not None:
+        return _sparse_conv(input, values, bias, pattern, sizes)[0]
+    crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
+    try:
+        types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
+        places = (input.is_cpu, values.is_cpu)
+        shapes = (input.shape, pattern.shape, col.size(0), sizes)
+        call = (shapes, types, places, _get_num_threads(), _are_deterministic())
+        route = PLANNER.shortcuts.get(call)
+    except (AttributeError, TypeError):  # no tensors, or lists of sizes
+        return _sparse_conv(input, values, bias, pattern, sizes)[0]
+    if route is not None:
+        y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)
+        return y
+    y, geometry = _sparse_conv(input, values, bias, pattern, sizes)
+    n = len(geometry.kernel_size)
+    if n > 1 and input.ndim == n + 2 and not geometry.extra:
+        PLANNER.shortcut(call, input.shape, input, crow, col, geometry[:5])
+    return y
+
+
+def _sparse_conv(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: SparsePattern,
+    sizes: tuple[Any, ...],
+) -> tuple[Tensor, Geometry]:
+    """`sizes`: kernel_size, stride, padding, dilation, groups, padding_mode."""
     # A list of them first: a generator takes half as long again.
     window = tuple([tuple(size) if isinstance(size, list) else size for size in sizes])
-    find = _geometry if _is_compiling() else _cached_geometry
+    find = _geometry if traced() else _cached_geometry
     geometry = find(*window)
     if _is_autocast_enabled("cpu"):
         input, values, bias = autocast(input, values, bias)
     if not fits(input, values, bias, pattern, geometry):
         check(input, values, bias, pattern, geometry)
     if input.ndim == len(geometry.kernel_size) + 1:
-        return _batched(input.unsqueeze(0), values, bias, pattern, geometry).squeeze(0)
-    return _batched(input, values, bias, pattern, geometry)
+        y = _batched(input.unsqueeze(0), values, bias, pattern, geometry).squeeze(0)
+    else:
+        y = _batched(input, values, bias, pattern, geometry)
+    return y, geometry
 
 
 def _geometry(kernel_size: Any, *window: Any) -> Geometry:
@@ -281,7 +311,7 @@ def _batched(
 def _chosen_dense(x: Tensor, topology: tuple[Tensor, Tensor, Tensor], window: Any) -> bool:
     """Whether the plan has the library compute all products. Then, if no weight is left out, torch
     may be called itself: 15 to 100 us quicker, for a layer and step, than by way of the plan."""
-    if _is_compiling():
+    if traced():
         return True
     crow, col, _ = topology
-    return PLANNER.families_of(x, crow, col, window) == _DENSELY
+    return PLANNER.families_of(x, crow, col, window) == DENSELY

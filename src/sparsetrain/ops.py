@@ -23,6 +23,7 @@ Paper: Nikdan et al., SparseProp, 2023, https://arxiv.org/abs/2302.04852.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,17 @@ from sparsetrain import _native  # noqa: F401  (loads the library that defines t
 from sparsetrain._arguments import DTYPES, autocast, check
 from sparsetrain._define import registered
 from sparsetrain._linear_choice import LinearProblem, choose
-from sparsetrain._planner import Choice, Direction, Planner
+from sparsetrain._planner import Choice, Direction, Planner, nothing_special
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
 
 __all__ = ["linear", "linear_backward", "linear_grad_input", "linear_grad_values", "sparse_linear"]
 
+# Looked up once: on a tiny layer, an attribute chain costs as much as the call.
 _is_autocast_enabled = torch.is_autocast_enabled
+_get_num_threads = torch.get_num_threads
+_are_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class _Shapes:
@@ -58,8 +62,8 @@ class _Shapes:
     def folded(self, size: int, count: int) -> int:
         return size  # the width of the input, whatever the batch
 
-    def columns(self, x: Sequence[int], geometry: tuple[Any, ...]) -> int:
-        return x[-1]
+    def weight(self, x: Sequence[int], rows: int, geometry: tuple[Any, ...]) -> tuple[int, int]:
+        return rows, x[-1]
 
 
 def _choose(
@@ -201,6 +205,28 @@ def sparse_linear(
         ValueError: the last dimension of `input` is not I, or a tensor is not on the CPU.
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for.
     """
+    if not nothing_special() or PLANNER.observer is not None:
+        return _sparse_linear(input, values, bias, pattern)
+    crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
+    try:
+        types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
+        places = (input.is_cpu, values.is_cpu)
+        sizes = (input.shape, pattern.shape, col.size(0))
+        call = (sizes, types, places, _get_num_threads(), _are_deterministic())
+    except AttributeError:  # no tensors
+        return _sparse_linear(input, values, bias, pattern)
+    route = PLANNER.shortcuts.get(call)
+    if route is not None:
+        y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)
+        return y
+    y = _sparse_linear(input, values, bias, pattern)
+    PLANNER.shortcut(call, (math.prod(input.shape[:-1]), input.shape[-1]), input, crow, col, ())
+    return y
+
+
+def _sparse_linear(
+    input: Tensor, values: Tensor, bias: Tensor | None, pattern: SparsePattern
+) -> Tensor:
     if _is_autocast_enabled("cpu"):
         input, values, bias = autocast(input, values, bias)
     rows, cols = pattern.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -261,12 +262,20 @@ class _Timer:
         return self.end - time.perf_counter()
 
     def __call__(self, calls: Mapping[str, _Call]) -> Mapping[str, Timing]:
+        with torch.no_grad(), below_autograd():
+            return self._compared(calls)
+
+    def steps(self, calls: Mapping[str, _Call]) -> Mapping[str, Timing]:
+        """As above, with autograd."""
+        with torch.enable_grad():
+            return self._compared(calls)
+
+    def _compared(self, calls: Mapping[str, _Call]) -> Mapping[str, Timing]:
         share = min(_LONGEST_S, self.left_s / self.to_come)
         self.to_come -= 1
         if share <= 0 or not calls:
             return {}
-        with torch.no_grad(), below_autograd():
-            return self.compare(calls, share)
+        return self.compare(calls, share)
 
 
 def _measure_all(
@@ -298,7 +307,7 @@ def _measure(job: _Job, defaults: _Way, timed: _Timer) -> tuple[list[Entry], Ent
         found.append(_entry(timed(calls), default))
     ways = _ways(found, defaults)
     calls = {name: _step_call(job, inputs, way) for name, way in ways.items()}
-    steps = _entry(timed(calls), _name(defaults))
+    steps = _entry(timed.steps(calls), _name(defaults))
     if steps.seconds:
         chosen = zip(found, ways[steps.family], strict=True)
         found = [entry._replace(family=family) for entry, family in chosen]
@@ -392,21 +401,28 @@ def _call(job: _Job, inputs: _Inputs, direction: str, family: str) -> _Call:
 
 
 def _step_call(job: _Job, inputs: _Inputs, way: _Way) -> _Call:
-    """A step of the layer, as a plan that names these families computes it."""
-    forward, grad_input, grad_values = (
-        _call(job, inputs, *direction) for direction in zip(DIRECTIONS, way, strict=True)
-    )
-    if way[1] != way[2]:
-        return lambda: (forward(), grad_input(), grad_values())
-    x, values, _, grad, _ = inputs
-    op = direct(job.planner.families[way[1]][3])
-    backward = partial(op, grad, x, values, *job.pattern, *job.problem.geometry, True)
-    return lambda: (forward(), backward())
+    """A training step of the layer, as a plan that names these families computes it."""
+    planner, (x, values, bias, grad, _) = job.planner, inputs
+    plan = planner.plan_of(job.problem, way)
+    leaves = [t.detach().requires_grad_() for t in (x, values, bias)]
+
+    def recorded() -> None:
+        assert plan.route is not None
+        y = planner.routed(plan.route.number, *leaves, *job.pattern)
+        torch.autograd.grad(y, leaves, grad)
+
+    def unrecorded() -> None:
+        with torch.no_grad(), below_autograd():
+            plan.forward(x, values, bias, *job.pattern, *job.problem.geometry)
+            plan.backward(grad, x, values, *job.pattern, *job.problem.geometry, True)
+
+    return recorded if plan.route is not None else unrecorded
 
 
 def _row(job: _Job, direction: str, default: str, entry: Entry) -> Row:
     problem = job.problem
-    weights = problem.rows * job.planner.shapes.columns(problem.x_shape, problem.geometry)
+    shapes = job.planner.shapes
+    weights = math.prod(shapes.weight(problem.x_shape, problem.rows, problem.geometry))
     return Row(
         tuple(job.names),
         direction,

@@ -151,7 +151,7 @@ class _SparseConv(SparseLayer):
         """
         y = sparse_conv(
             input,
-            self._forward_values(),
+            self.values if self._active is None else self._forward_values(),
             self.bias,
             self._pattern,
             kernel_size=self.kernel_size,
@@ -161,7 +161,7 @@ class _SparseConv(SparseLayer):
             groups=self.groups,
             padding_mode=self.padding_mode,
         )
-        return self._recorded(input, y)
+        return y if self._recorder is None else self._recorded(input, y)
 
     def extra_repr(self) -> str:
         n = self.dimensions
