@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsetrain
 from sparsetrain import SparsePattern
-from sparsetrain.nn import SparseLinear
+from sparsetrain.nn import SparseConv2d, SparseLinear
 
 BAD_SPARSITIES = [
     (1.0, ValueError, r"\[0, 1\).*got 1.0"),
@@ -123,6 +123,19 @@ def test_input_of_another_floating_dtype_or_no_tensor(layer):
             layer(torch.ones(3, 20, dtype=dtype))
     with pytest.raises(TypeError, match="input"):
         layer([[1.0] * 20])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_input_of_another_layout(sparsity):
+    for layer, x in (
+        (SparseLinear(32, 24, sparsity=sparsity), torch.ones(2, 3, 32)),
+        (SparseConv2d(8, 16, 3, sparsity=sparsity), torch.ones(2, 8, 5, 5)),
+    ):
+        for _ in range(2):
+            layer(x)
+            for other in (x.to_sparse(), x.to_mkldnn()):
+                with pytest.raises(ValueError, match=r"input has the layout .*to_dense\(\)"):
+                    layer(other)
 
 
 def test_input_on_another_device(layer):

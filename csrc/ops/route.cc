@@ -36,7 +36,6 @@ using c10::IValue;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Arguments = std::vector<IValue>;
-
 using Sizes = std::vector<int64_t>;
 
 // What the library's convolution is told besides its tensors.
@@ -116,7 +115,8 @@ Tensor sum_over_outputs(const Tensor& grad) {
 
 // Whether nothing watches what is done to this tensor: no subclass, no mode, no trace.
 bool unwatched(const Tensor& t) {
-  return t.device().is_cpu() && !t.key_set().has(c10::DispatchKey::Python) &&
+  return t.device().is_cpu() && t.layout() == c10::kStrided &&
+         !t.key_set().has(c10::DispatchKey::Python) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
@@ -156,8 +156,7 @@ Tensor with_rows(const Tensor& matrix, at::IntArrayRef sizes, bool below) {
   return shaped(matrix, shape, below);
 }
 
-// ---- the library's products, of a layer that holds all its weights
-// --------------------------------
+// ---- the library's products, where no weight is left out ----------------------------------------
 
 bool library_takes(const Route& route, const Tensor& values) {
   return !route.weight.empty() && values.is_contiguous();

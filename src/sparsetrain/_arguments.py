@@ -61,7 +61,7 @@ def check(input: Any, values: Tensor, bias: Tensor | None, pattern: SparsePatter
 
 
 def check_tensors(input: Any, values: Tensor, bias: Tensor | None) -> None:
-    """Raises if types, dtypes or devices do not fit; says which, what is taken, and the fix."""
+    """Raises if a type, dtype, device or layout does not fit; says which, what, and the fix."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is a {type(input).__name__}; a sparse layer takes a torch.Tensor.")
     for name, tensor in (("input", input), ("values", values)):
@@ -75,6 +75,11 @@ def check_tensors(input: Any, values: Tensor, bias: Tensor | None) -> None:
                 f"{name} is on {tensor.device}; sparse layers run on the CPU only. "
                 f"Move it with {name}.cpu()."
             )
+    if input.layout is not torch.strided:
+        raise ValueError(
+            f"input has the layout {input.layout}; a sparse layer's weights are sparse, its inputs "
+            "are not. Convert it with input.to_dense()."
+        )
     if input.dtype is not values.dtype:
         raise TypeError(
             f"input is {input.dtype} but the layer's values are {values.dtype}. Convert the input "

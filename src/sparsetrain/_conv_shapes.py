@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsetrain._arguments import DTYPES, check_tensors
@@ -199,6 +200,7 @@ def fits(
         and (bias is None or bias.dtype is values.dtype)
         and input.is_cpu
         and values.is_cpu
+        and input.layout is torch.strided
     ):
         return False
     least, groups = geometry.least, geometry.groups

@@ -222,7 +222,8 @@ def sparse_conv(
         TypeError: `input` is no tensor, or not of a dtype of the above, or not of that of `values`
             and `bias`; sizes that are no integers.
         ValueError: another number of channels or dimensions, a kernel larger than the padded input,
-            groups that do not divide, sizes out of range, or a tensor that is not on the CPU.
+            groups that do not divide, sizes out of range, or a tensor that is not on the CPU or not
+            dense.
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for, or padding
             that torch.nn.functional.pad refuses.
     """
@@ -232,11 +233,11 @@ def sparse_conv(
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
     try:
         types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
-        places = (input.is_cpu, values.is_cpu)
+        places = (input.is_cpu, values.is_cpu, input.layout)
         shapes = (input.shape, pattern.shape, col.size(0), sizes)
         call = (shapes, types, places, _get_num_threads(), _are_deterministic())
         route = PLANNER.shortcuts.get(call)
-    except (AttributeError, TypeError):  # no tensors, or lists of sizes
+    except (AttributeError, TypeError):  # no tensors, symbolic sizes, or lists of them
         return _sparse_conv(input, values, bias, pattern, sizes)[0]
     if route is not None:
         y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)

@@ -202,7 +202,7 @@ def sparse_linear(
     Raises:
         TypeError: `input` is no tensor, or not of a dtype of the above, or not of that of `values`
             and `bias`.
-        ValueError: the last dimension of `input` is not I, or a tensor is not on the CPU.
+        ValueError: the last dimension of `input` is not I, or a tensor is not on the CPU or not dense.
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for.
     """
     if not nothing_special() or PLANNER.observer is not None:
@@ -210,12 +210,12 @@ def sparse_linear(
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
     try:
         types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
-        places = (input.is_cpu, values.is_cpu)
+        places = (input.is_cpu, values.is_cpu, input.layout)
         sizes = (input.shape, pattern.shape, col.size(0))
         call = (sizes, types, places, _get_num_threads(), _are_deterministic())
-    except AttributeError:  # no tensors
+        route = PLANNER.shortcuts.get(call)
+    except (AttributeError, TypeError):  # no tensors, or symbolic sizes
         return _sparse_linear(input, values, bias, pattern)
-    route = PLANNER.shortcuts.get(call)
     if route is not None:
         y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)
         return y
@@ -239,6 +239,7 @@ def _sparse_linear(
         and input.size(-1) == cols
         and input.is_cpu
         and values.is_cpu
+        and input.layout is torch.strided
     ):
         check(input, values, bias, pattern)
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key

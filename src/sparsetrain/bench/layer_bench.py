@@ -37,6 +37,7 @@ class Settings:
     tuned: bool
     forward: bool
     roofline: tuple[float, ...]  # sparsities at which the kernels alone are measured
+    max_rounds: int = 30
 
     @property
     def settle_s(self) -> float:
@@ -199,6 +200,7 @@ class LayerBench:
             turns,
             budget_s=settings.budget_s,
             min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
             turn_s=settings.turn_s,
             settle_s=settings.settle_s,
             before_round=self.move,

@@ -185,6 +185,7 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
         request["tuned"],
         request["forward"],
         tuple(request["roofline"]),
+        90 if small else 30,
     )
     with OtherLoad() as load:
         bench = LayerBench(layer, group["sparsities"], settings)
