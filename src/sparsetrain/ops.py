@@ -202,7 +202,8 @@ def sparse_linear(
     Raises:
         TypeError: `input` is no tensor, or not of a dtype of the above, or not of that of `values`
             and `bias`.
-        ValueError: the last dimension of `input` is not I, or a tensor is not on the CPU or not dense.
+        ValueError: the last dimension of `input` is not I, or a tensor is not dense or not on the
+            CPU.
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for.
     """
     if not nothing_special() or PLANNER.observer is not None:

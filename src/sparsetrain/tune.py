@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -26,6 +27,7 @@ _PLANNERS = (ops.PLANNER, conv_ops.PLANNER)
 _SHARE = 0.02  # a challenger must win by this, and by more than the noise
 _LONGEST_S = 1.0  # for the candidates of one product
 _CLOSE = 1.3  # what takes so many times as long in parts does not win as a whole step
+_NEAR = 1.05  # the same where no product finds anything of another's
 
 _Call = Callable[[], object]
 _Way = tuple[str, ...]  # a family for each direction
@@ -348,14 +350,15 @@ def _ways(found: Sequence[Entry], default: _Way) -> dict[str, _Way]:
     if not all(entry.seconds for entry in found):
         return {}
     best = tuple(entry.family for entry in found)
-    families = found[0].seconds
-    ways = {best, default, *((best[0], family, family) for family in families)}
-    ways.update((family,) * len(best) for family in families)
+    families = list(found[0].seconds)
     alone = {
         way: sum(entry.seconds[family] for entry, family in zip(found, way, strict=True))
-        for way in sorted(ways)
+        for way in itertools.product(families, repeat=len(found))
     }
-    close = [way for way, s in alone.items() if s <= _CLOSE * min(alone.values())]
+    kin = {best, *((best[0], family, family) for family in families)}
+    kin.update((family,) * len(best) for family in families)
+    least = min(alone.values())
+    close = [way for way, s in alone.items() if s <= (_CLOSE if way in kin else _NEAR) * least]
     if len(close) == 1:
         return {}
     return {_name(way): way for way in alone if way in close or way == default}
