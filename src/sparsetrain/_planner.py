@@ -16,7 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from sparsetrain import _native, _plan_store
 from sparsetrain._autograd import direct, functorch_active, traced, transforming
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
+
+if TYPE_CHECKING:
+    from sparsetrain.pattern import SparsePattern
 
 __all__ = ["DENSELY", "DIRECTIONS", "Choice", "Direction", "Planner", "Problem"]
 
@@ -86,7 +89,7 @@ def _unseen(operation: Callable[..., Any], *inputs: Any) -> Any:
         return operation(*inputs)
 
 
-def nothing_special() -> bool:
+def _nothing_special() -> bool:
     """Whether no trace, transform, autocast or inference mode changes what a call does."""
     return not (
         traced()
@@ -136,7 +139,7 @@ class Planner:
         choose: what decides: a measurement if there is one, or else the estimate.
         shapes: of this kind of layer.
         observer: called with every forward product's problem and pattern, if there is one.
-        shortcuts: from what a layer's call depends on to its route; see `shortcut`.
+        shortcuts: from what a layer's call depends on to its route; see `known`.
         products: the planned family; differentiable.
     """
 
@@ -207,16 +210,31 @@ class Planner:
         plan = None if self.observer else self._plan(x.shape, x, crow, col, geometry)
         return frozenset() if plan is None else plan.families
 
-    def shortcut(self, call: Any, x_shape: tuple[int, ...], like: Tensor, *rest: Any) -> None:
-        """Keeps the route of a call that has just been computed.
+    def known(
+        self, input: Any, values: Any, bias: Any, pattern: SparsePattern, sizes: Any = ()
+    ) -> tuple[Any, _Route | None]:
+        """What the checks of a layer's arguments and its plan depend on, and the route that such
+        a call took before, if one did.
 
-        `call` holds all that the checks of its arguments and its plan depend on, so that the next
-        such call needs neither: on a small batch, Python takes some percent of a step, driven from
-        the caches as it is by the products. What follows is the shape of the product's input, the
-        input, crow, col and the geometry.
+        On a small batch, Python takes some percent of a step, driven from the caches as it is by
+        the products: what was checked once is not checked again. `sizes` are a convolution's
+        arguments. None where something else may decide: a trace, autocast, no tensors.
         """
-        crow, col, geometry = rest
-        plan = self._plan(x_shape, like, crow, col, geometry)
+        if self.observer is not None or not _nothing_special():
+            return None, None
+        try:
+            types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
+            places = (input.is_cpu, values.is_cpu, input.layout)
+            shapes = (input.shape, pattern.shape, pattern.col_indices.size(0), sizes)
+            call = (shapes, types, places, _get_num_threads(), _are_deterministic())
+            return call, self.shortcuts.get(call)
+        except (AttributeError, TypeError):  # no tensors, symbolic sizes, or lists of them
+            return None, None
+
+    def keep(self, call: Any, x: Sequence[int], like: Tensor, *pattern_and_geometry: Any) -> None:
+        """Keeps the route of a `known` call that was computed: its product took a tensor of shape
+        `x`, dtype of `like`; crow, col and the geometry."""
+        plan = self._plan(x, like, *pattern_and_geometry)
         if plan is not None and plan.route is not None:
             if len(self.shortcuts) >= _PLANS_KEPT:
                 self.shortcuts = {}

@@ -34,7 +34,7 @@ from sparsetrain._conv_choice import Problem, choose
 from sparsetrain._conv_define import DENSE, NATIVE, SCHEMAS
 from sparsetrain._conv_shapes import Geometry, check, fits, geometry_of, integers, output_size
 from sparsetrain._conv_unfolded import UNFOLDED
-from sparsetrain._planner import DENSELY, Choice, Direction, Planner, nothing_special
+from sparsetrain._planner import DENSELY, Choice, Direction, Planner
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
@@ -44,8 +44,6 @@ __all__ = ["conv", "conv_backward", "conv_grad_input", "conv_grad_values", "spar
 
 # Looked up once: on a tiny layer, an attribute chain costs as much as the check.
 _is_autocast_enabled = torch.is_autocast_enabled
-_get_num_threads = torch.get_num_threads
-_are_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class _Shapes:
@@ -228,24 +226,16 @@ def sparse_conv(
             that torch.nn.functional.pad refuses.
     """
     sizes = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    if not nothing_special() or PLANNER.observer is not None:
-        return _sparse_conv(input, values, bias, pattern, sizes)[0]
+    call, route = PLANNER.known(input, values, bias, pattern, sizes)
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
-    try:
-        types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
-        places = (input.is_cpu, values.is_cpu, input.layout)
-        shapes = (input.shape, pattern.shape, col.size(0), sizes)
-        call = (shapes, types, places, _get_num_threads(), _are_deterministic())
-        route = PLANNER.shortcuts.get(call)
-    except (AttributeError, TypeError):  # no tensors, symbolic sizes, or lists of them
-        return _sparse_conv(input, values, bias, pattern, sizes)[0]
     if route is not None:
         y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)
         return y
     y, geometry = _sparse_conv(input, values, bias, pattern, sizes)
     n = len(geometry.kernel_size)
-    if n > 1 and input.ndim == n + 2 and not geometry.extra:
-        PLANNER.shortcut(call, input.shape, input, crow, col, geometry[:5])
+    # With one dimension, without a batch or padded apart, it is another product that is computed.
+    if call is not None and n > 1 and input.ndim == n + 2 and not geometry.extra:
+        PLANNER.keep(call, input.shape, input, crow, col, geometry[:5])
     return y
 
 

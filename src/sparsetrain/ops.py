@@ -34,17 +34,14 @@ from sparsetrain import _native  # noqa: F401  (loads the library that defines t
 from sparsetrain._arguments import DTYPES, autocast, check
 from sparsetrain._define import registered
 from sparsetrain._linear_choice import LinearProblem, choose
-from sparsetrain._planner import Choice, Direction, Planner, nothing_special
+from sparsetrain._planner import Choice, Direction, Planner
 
 if TYPE_CHECKING:
     from sparsetrain.pattern import SparsePattern
 
 __all__ = ["linear", "linear_backward", "linear_grad_input", "linear_grad_values", "sparse_linear"]
 
-# Looked up once: on a tiny layer, an attribute chain costs as much as the call.
 _is_autocast_enabled = torch.is_autocast_enabled
-_get_num_threads = torch.get_num_threads
-_are_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class _Shapes:
@@ -206,22 +203,14 @@ def sparse_linear(
             CPU.
         RuntimeError: `values` or `bias` is not of the length that the pattern asks for.
     """
-    if not nothing_special() or PLANNER.observer is not None:
-        return _sparse_linear(input, values, bias, pattern)
+    call, route = PLANNER.known(input, values, bias, pattern)
     crow, col, key = pattern.crow_indices, pattern.col_indices, pattern.key
-    try:
-        types = (input.dtype, values.dtype, None if bias is None else bias.dtype)
-        places = (input.is_cpu, values.is_cpu, input.layout)
-        sizes = (input.shape, pattern.shape, col.size(0))
-        call = (sizes, types, places, _get_num_threads(), _are_deterministic())
-        route = PLANNER.shortcuts.get(call)
-    except (AttributeError, TypeError):  # no tensors, or symbolic sizes
-        return _sparse_linear(input, values, bias, pattern)
     if route is not None:
         y: Tensor = PLANNER.routed(route.number, input, values, bias, crow, col, key)
         return y
     y = _sparse_linear(input, values, bias, pattern)
-    PLANNER.shortcut(call, (math.prod(input.shape[:-1]), input.shape[-1]), input, crow, col, ())
+    if call is not None:
+        PLANNER.keep(call, (math.prod(input.shape[:-1]), input.shape[-1]), input, crow, col, ())
     return y
 
 
