@@ -81,6 +81,11 @@ RESULTS = (
         ("layers",),
         "Every layer of five networks, batch 1 and 8, tuned, 512-bit vectors in two halves",
     ),
+    (
+        "layers_no_zeros_halves",
+        ("layers",),
+        "Layers of five networks without zeros, in more rounds, 512-bit vectors in two halves",
+    ),
     ("linear_intel", ("linear", "layers"), "Linear layers, on an Intel CPU"),
     ("conv_intel", ("layers",), "Convolutions, on an Intel CPU"),
     ("layers_intel", ("layers",), "Layers of four networks, on an Intel CPU, as far as time went"),
