@@ -21,7 +21,6 @@ __all__ = [
     "below_autograd",
     "direct",
     "functions",
-    "functorch_active",
     "refuse_mapped_pattern",
     "total",
     "traced",

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsetrain import _native, _plan_store
-from sparsetrain._autograd import direct, functorch_active, traced, transforming
+from sparsetrain._autograd import direct, traced, transforming
 from sparsetrain._define import Operations, define
 from sparsetrain._products import Family, Shapes
 
@@ -91,13 +90,7 @@ def _unseen(operation: Callable[..., Any], *inputs: Any) -> Any:
 
 def _nothing_special() -> bool:
     """Whether no trace, transform, autocast or inference mode changes what a call does."""
-    return not (
-        traced()
-        or _is_autocast_enabled("cpu")
-        or _is_inference()
-        or functorch_active()
-        or forward_ad._current_level >= 0
-    )
+    return not (traced() or _is_autocast_enabled("cpu") or _is_inference() or transforming())
 
 
 class _Plan(NamedTuple):
