@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from sparsetrain.bench import (
     ceilings,
     contestants,
+    layer_bench,
     memory,
     model_layers,
     models,
@@ -29,6 +30,7 @@ from sparsetrain.bench import (
     verdicts,
 )
 from sparsetrain.bench.break_even import break_even
+from sparsetrain.bench.layer_bench import LayerBench, Settings
 from sparsetrain.bench.problems import Layer, Problem, layer_from, sparse_weight
 from sparsetrain.bench.processes import SHAPES, load_toml
 from sparsetrain.cli import app
@@ -334,6 +336,65 @@ def test_a_hopelessly_slow_contestant_gets_two_rounds() -> None:
     ]
     timing.interleave(turns, budget_s=0.01, min_rounds=4, turn_s=1e-5)
     assert [len(turn.values) for turn in turns] == [4, 2]
+
+
+def test_only_who_is_still_open_gets_more_rounds() -> None:
+    turns = [timing.Turn(name, lambda: None) for name in ("dense", "open", "settled")]
+
+    def still_open() -> set[str]:
+        return {"dense", "open"} if len(turns[1].values) < 9 else set()
+
+    rounds = timing.interleave(
+        turns, budget_s=5.0, min_rounds=4, max_rounds=4, turn_s=1e-5, still_open=still_open
+    )
+    assert rounds == 9
+    assert [len(turn.values) for turn in turns] == [9, 9, 4]
+
+
+def test_more_rounds_end_with_the_budget() -> None:
+    turns = [timing.Turn("dense", lambda: time.sleep(0.001))]
+    begin = time.perf_counter()
+    timing.interleave(
+        turns, budget_s=0.05, min_rounds=2, max_rounds=2, turn_s=1e-3, still_open=lambda: {"dense"}
+    )
+    assert 0.05 <= time.perf_counter() - begin < 5
+    assert len(turns[0].values) > 2
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "expected"),
+    [
+        ([], 0.5, False),
+        ([1.0], 0.5, False),
+        ([4.0, 4.2, 4.1], 0.97, True),  # few, but nowhere near
+        ([0.8, 0.82, 0.81], 0.97, True),
+        ([1.0, 1.05, 1.1], 0.97, False),
+        ([0.9, 0.95], 0.97, False),
+        ([1.0] * 6, 0.5, True),
+        ([1.0] * 6, 1.5, True),
+        ([0.9, 1.1] * 20, 1.0, False),
+        ([0.9] * 8 + [1.1] * 32, 1.0, True),
+        ([0.9] * 15 + [1.1] * 25, 1.0, False),
+    ],
+)
+def test_a_limit_is_decided_where_the_median_surely_is_on_one_side(
+    values: list[float], limit: float, expected: bool
+) -> None:
+    assert timing.decided(values, limit) is expected
+
+
+def test_layers_near_their_floor_are_measured_longer() -> None:
+    layer = layer_from({"name": "tiny", "inputs": 16, "outputs": 16, "batch": 4})
+    settings = Settings(1, 0.3, 6, 1e-4, False, False, False, (), 6)
+    near = {"x_dense": {"floor": 1.0}}
+    bench = LayerBench(layer, [0.5, 0.9], settings)
+    # 0 is reached for certain, and so is no limit at all: only the first is open
+    ratio = iter([False] * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_bench, "decided", lambda _, floor: floor != 1.0 or next(ratio, True))
+        rows = bench.measure(None, [near, {"x_dense": {"floor": 0.0}}])
+    rounds = [len(row["contestants"]["sparsetrain"]["round_ms"]) for row in rows]
+    assert rounds == [9, 6]
 
 
 @pytest.mark.parametrize(

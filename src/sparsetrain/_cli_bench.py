@@ -28,7 +28,11 @@ Peers = Annotated[
 Tuned = Annotated[bool, typer.Option("--tuned", help="The tuned layer or model beside it.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer layers, sparsities and rounds.")]
 Budget = Annotated[
-    float | None, typer.Option(help="Seconds of timing per layer or model (all sparsities).")
+    float | None,
+    typer.Option(
+        help="Seconds of timing per layer or model (all sparsities); for layers up to as much "
+        "again where noise would decide about a requirement."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the results into this PNG file.")]

@@ -14,7 +14,7 @@ from sparsetrain.bench import contestants
 from sparsetrain.bench.ceilings import Ceilings
 from sparsetrain.bench.contestants import Contestant
 from sparsetrain.bench.problems import Layer, Problem, sparse_weight
-from sparsetrain.bench.timing import Json, Turn, interleave, ratios, spread
+from sparsetrain.bench.timing import Json, Turn, decided, interleave, ratios, spread
 
 # Operator: how many of the three sparse products it does. Training calls the first and the last.
 PRODUCTS = {"": 1, "_grad_input": 1, "_grad_values": 1, "_backward": 2}
@@ -192,8 +192,29 @@ class LayerBench:
 
     # ------------------------------------------------------------ one row per sparsity
 
-    def measure(self, ceilings: Ceilings | None) -> list[Json]:
-        """Times everything; one dictionary per sparsity, as it goes into the result file."""
+    def _open(self, turns: list[Turn], goals: Sequence[Json]) -> set[str]:
+        """Who is not yet known to reach or to miss a floor beside dense; and dense, for them."""
+        values = {t.name: t.values for t in turns if t.limit is None and not t.error}
+        floors = [
+            (_key(name, cell), goal[what]["floor"])
+            for cell, goal in zip(self.cells, goals, strict=True)
+            for name, what in (("sparsetrain", "x_dense"), ("tuned", "x_tuned"))
+            if what in goal and _key(name, cell) in values
+        ]
+        dense = values.get("dense", [])
+        found = {
+            name
+            for name, floor in floors
+            if not decided([a / b for a, b in zip(dense, values[name], strict=False)], floor)
+        }
+        return {"dense", *found} if dense and found else set()
+
+    def measure(self, ceilings: Ceilings | None, goals: Sequence[Json] = ()) -> list[Json]:
+        """Times everything; one dictionary per sparsity, as it goes into the result file.
+
+        goals: what is required at each sparsity (verdicts.targets_of). Whose ratio to dense is so
+        near its floor that noise would decide gets more rounds.
+        """
         settings = self.settings
         turns = self.training_turns() + self.forward_turns()
         rounds = interleave(
@@ -204,6 +225,7 @@ class LayerBench:
             turn_s=settings.turn_s,
             settle_s=settings.settle_s,
             before_round=self.move,
+            still_open=(lambda: self._open(turns, goals)) if goals else None,
         )
         values = {turn.name: turn.values for turn in turns if turn.values}
         cpu = {turn.name: turn.cpu for turn in turns if turn.cpu}

@@ -187,12 +187,13 @@ def measure_group(group: Json, request: Json, threads: int, ceilings: Any) -> li
         tuple(request["roofline"]),
         90 if small else 30,
     )
+    goals = [verdicts.targets_of(layer.targets, s, request) for s in group["sparsities"]]
     with OtherLoad() as load:
         bench = LayerBench(layer, group["sparsities"], settings)
-        rows = bench.unmeasured() if request["scaling_only"] else bench.measure(ceilings)
-    for row in rows:
+        rows = bench.unmeasured() if request["scaling_only"] else bench.measure(ceilings, goals)
+    for row, goal in zip(rows, goals, strict=True):
         row["other_load_cpus"] = load.cpus
-        row["targets"] = verdicts.targets_of(layer.targets, row["sparsity"], request)
+        row["targets"] = goal
     if threads > 1 and (not small or request["scaling_only"]):
         names = ("sparsetrain", *PEERS) if request["scaling_only"] else OWN
         for row, scaling in zip(rows, bench.scaling(ceilings, names), strict=True):

@@ -8,8 +8,9 @@ counts is the median over rounds of the ratio of two times of the same round.
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,6 +46,23 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Json:
     A contestant that is too slow stops after its first rounds: the rounds of both count.
     """
     return spread([a / b for a, b in zip(numerator, denominator, strict=False)])
+
+
+def decided(values: Sequence[float], limit: float) -> bool:
+    """Whether the 95 % confidence interval of the median leaves `limit` out.
+
+    The interval lies between two order statistics (of a binomial distribution, as a normal one): it
+    asks nothing of how the values are distributed. Fewer than six values have none; for them it is
+    their range, made three times as wide, and one value decides nothing.
+    """
+    ordered, count = sorted(values), len(values)
+    if count < 2:
+        return False
+    beyond = round((count - 1.96 * math.sqrt(count)) / 2)
+    if beyond < 1:
+        reach = ordered[-1] - ordered[0]
+        return ordered[0] - reach > limit or ordered[-1] + reach < limit
+    return ordered[beyond - 1] > limit or ordered[-beyond] < limit
 
 
 # ---------------------------------------------------------------- interleaved timing
@@ -127,6 +145,7 @@ def interleave(
     turn_s: float = 0.03,
     settle_s: float = 0.0,
     before_round: Callable[[], object] | None = None,
+    still_open: Callable[[], Collection[str]] | None = None,
 ) -> int:
     """Times all `turns` round-robin for about `budget_s` seconds; returns the rounds done.
 
@@ -135,7 +154,19 @@ def interleave(
     stop spinning. `before_round` is called, untimed, at the start of each round. Garbage
     collection is off meanwhile. A contestant that raises keeps `error`
     and no values.
+
+    `still_open` is asked after that for the names of contestants about whom more is to be known:
+    they alone go on, for up to `budget_s` more, and each until it is no longer named.
     """
+
+    def take(taking: Sequence[Turn], number: int) -> None:
+        if before_round:
+            before_round()
+        for turn in taking if number % 2 == 0 else reversed(taking):
+            if settle_s:
+                time.sleep(settle_s)
+            _guarded(turn, turn.take)
+
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -144,15 +175,18 @@ def interleave(
             _guarded(turn, partial(turn.calibrate, turn_s, budget_s))
         start, done = time.perf_counter(), 0
         while done < max(min_rounds, max_rounds):
-            if before_round:
-                before_round()
-            for turn in turns if done % 2 == 0 else reversed(turns):
-                if settle_s:
-                    time.sleep(settle_s)
-                _guarded(turn, turn.take)
+            take(turns, done)
             done += 1
             if done >= min_rounds and (time.perf_counter() - start) * (1 + 1 / done) > budget_s:
                 break
+        start, going = time.perf_counter(), turns
+        while still_open and time.perf_counter() - start < budget_s:
+            named = still_open()
+            going = [turn for turn in going if turn.name in named]
+            if not going:
+                break
+            take(going, done)
+            done += 1
     finally:
         if enabled:
             gc.enable()
