@@ -111,6 +111,7 @@ void all_shapes(bool quick) {
   // Several column blocks on either side.
   test_shape(TestPattern(&random, 130, 1100, 0.05, false), "many_columns", false, &random);
   test_shape(TestPattern(&random, 1100, 130, 0.05, false), "many_rows", false, &random);
+  test_shape(TestPattern(&random, 20, 4200, 0.6, false), "many_dense_columns", false, &random);
   // Enough samples for several groups of sums, of tiles that no group divides evenly.
   const TestPattern pattern(&random, 70, 90, 0.2, true);
   const PlanPtr plan = make_plan(pattern);

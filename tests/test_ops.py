@@ -100,6 +100,38 @@ def test_products_match_the_reference_for_awkward_layer_sizes(
     check_all_products(make_case(random_mask(*shape, 0.2, seed=4), 33, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("density", [0.4, 0.9, 1.0])
+@pytest.mark.parametrize("shape", [(16, 16), (37, 4163), (300, 259), (515, 31), (1, 5)])
+def test_values_of_dense_patterns_are_transposed_by_squares(
+    shape: tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
+    """Sizes that no square, block of columns or band of squares divides."""
+    case = make_case(random_mask(*shape, density, seed=6), 33, dtype)
+    exact = exact_grad_input(case.grad, case.values, case.pattern)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            dx = torch.ops.sparsetrain.linear_grad_input(
+                case.grad, case.values, *case.topology, shape[1]
+            )
+        assert_within_rounding(dx, exact, "grad_input")
+        results.append(dx)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_dense_patterns_read_no_value_that_is_not_theirs() -> None:
+    """NaN before and behind the values, which a vector of the first and last ones reaches."""
+    mask = random_mask(33, 47, 0.6, seed=7)
+    mask[-1], mask[0] = False, False
+    mask[0, 0] = mask[-1, -1] = True
+    case = make_case(mask, 20, torch.float32)
+    around = torch.full((case.values.numel() + 64,), torch.nan)
+    inside = around[32:-32].copy_(case.values)
+    dx = torch.ops.sparsetrain.linear_grad_input(case.grad, inside, *case.topology, 47)
+    assert_within_rounding(dx, exact_grad_input(case.grad, case.values, case.pattern), "dx")
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("batch", [0, 3])
 def test_layers_without_inputs_or_outputs(shape: tuple[int, int], batch: int) -> None:

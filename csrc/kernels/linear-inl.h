@@ -10,6 +10,7 @@
 #include "sddmm-inl.h"
 #include "simd-inl.h"
 #include "spmm-inl.h"
+#include "transposed_values-inl.h"
 
 namespace sparsetrain {
 namespace {
@@ -119,42 +120,6 @@ class Widened {
   Scratch<T> scratch_;
   const T* data_;
 };
-
-// out: values in the order in which the transposed side reads them.
-template <class S>
-void values_to_transposed(const Plan& plan, const S* values, Sum<S>* out,
-                          const Parallel& parallel) {
-  const Pattern& pattern = plan.pattern();
-  const Side& transposed = plan.transposed(kTiles);
-  if (const uint16_t* place = transposed.place16.get()) {
-    const uint16_t* index = transposed.index16.get();
-    const int workers = worth_waking(parallel, 4 * pattern.nnz);
-    share(parallel, workers, workers, [&](int, int64_t i) {
-      const int64_t last = pattern.nnz * (i + 1) / workers;
-      int64_t k = pattern.nnz * i / workers;
-      for (int64_t b = 0; b < transposed.blocks; b++) {
-        const int64_t end = least(last, transposed.block_end(b));
-        const int32_t* crow = pattern.crow + transposed.first_column(b);
-        auto take = [&] {
-          out[k] = widen(values[crow[index[k] >> transposed.column_shift] + place[k]]);
-          k++;
-        };
-        // A block reads one stretch of the values, in no order: the next one's is asked for.
-        const int64_t size = transposed.block_end(b) - k;
-        while (k + 16 <= end) {
-          __builtin_prefetch(values + least(k + size, pattern.nnz - 1));
-          for (int i = 0; i < 16; i++) take();
-        }
-        while (k < end) take();
-      }
-    });
-    return;
-  }
-  // Very large layers: each nonzero, in order, goes to the next free place of its column.
-  Scratch<int32_t> next(transposed.rows);
-  __builtin_memcpy(next.get(), transposed.row_begin, sizeof(int32_t) * transposed.rows);
-  for (int64_t k = 0; k < pattern.nnz; k++) out[next.get()[pattern.col[k]]++] = widen(values[k]);
-}
 
 // Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
 template <class S>
@@ -462,8 +427,10 @@ void gradients(const Args& a, const Tiling<Sum<S>>& tiling, const Dy& dy, const 
   const Product<S, Out>* none = nullptr;
   if (!a.dx) return grad_values(side, tiling, none, dy, x, dvalues, dbias, a.parallel);
   Scratch<T> values(side.nnz);
-  values_to_transposed<S>(*a.plan, static_cast<const S*>(a.values), values.get(), a.parallel);
-  const Product<S, Out> product{a.plan->transposed(kTiles), tiling, values.get(), nullptr, out};
+  const Side& transposed = a.plan->transposed(kTiles);
+  values_to_transposed(*a.plan, transposed, static_cast<const S*>(a.values), values.get(),
+                       a.parallel);
+  const Product<S, Out> product{transposed, tiling, values.get(), nullptr, out};
   if (!dvalues) return spmm(product, dy, a.parallel);
   grad_values(side, tiling, &product, dy, x, dvalues, dbias, a.parallel);
 }

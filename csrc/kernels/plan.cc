@@ -121,8 +121,9 @@ void number_columns(Side* side, const int32_t* by_row) {
   });
 }
 
+// place: of each nonzero from its row's entry of `base` on
 void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* perm,
-                    uint16_t* place) {
+                    const int32_t* base, uint16_t* place) {
   std::memset(tcrow, 0, sizeof(int32_t) * (p.cols + 1));
   for (int64_t k = 0; k < p.nnz; k++) tcrow[p.col[k] + 1]++;
   for (int64_t c = 0; c < p.cols; c++) tcrow[c + 1] += tcrow[c];
@@ -131,11 +132,26 @@ void transpose_into(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* pe
       const int32_t at = tcrow[p.col[k]]++;
       tcol[at] = static_cast<int32_t>(r);
       if (perm) perm[at] = k;
-      if (place) place[at] = static_cast<uint16_t>(k - p.crow[r]);
+      if (place) place[at] = static_cast<uint16_t>(k - base[r]);
     }
   }
   for (int64_t c = p.cols; c > 0; c--) tcrow[c] = tcrow[c - 1];
   tcrow[0] = 0;
+}
+
+// For each row of the pattern, a column of its transposed side: the value from which places count.
+// Says in the side which one that is.
+std::vector<int32_t> bases_of_places(const Pattern& p, Side* transposed) {
+  int32_t longest = 0;
+  for (int64_t b = 0; b < transposed->blocks; b++)
+    longest = std::max(
+        longest, p.crow[transposed->first_column(b + 1)] - p.crow[transposed->first_column(b)]);
+  transposed->place_in_block = longest <= kShort;
+  std::vector<int32_t> base(p.crow, p.crow + p.rows);
+  for (int64_t b = 0; transposed->place_in_block && b < transposed->blocks; b++)
+    for (int64_t r = transposed->first_column(b); r < transposed->first_column(b + 1); r++)
+      base[r] = p.crow[transposed->first_column(b)];
+  return base;
 }
 
 }  // namespace
@@ -186,7 +202,7 @@ PatternCheck check_pattern(const Pattern& p) {
 }
 
 void transpose_pattern(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t* perm) {
-  transpose_into(p, tcrow, tcol, perm, nullptr);
+  transpose_into(p, tcrow, tcol, perm, nullptr, nullptr);
 }
 
 Plan::Plan(const Pattern& pattern) : pattern_(pattern) {}
@@ -229,18 +245,20 @@ void Plan::build_transposed(const TileRule& rule, Built* built) const {
   side.cols = p.rows;
   side.nnz = p.nnz;
   side.row_begin = built->row_begin.get();
-  const bool places = p.rows <= kShort && p.cols <= kShort;
+  const bool squares = rule.vector_bytes == 64 && density() >= kSquaresDensity && expands_fast();
+  const bool places = !squares && p.rows <= kShort && p.cols <= kShort;
   std::unique_ptr<int32_t[]> by_row(new int32_t[p.nnz]);
   std::unique_ptr<uint16_t[]> place(places ? new uint16_t[p.nnz] : nullptr);
-  transpose_into(p, built->row_begin.get(), by_row.get(), nullptr, place.get());
   choose_blocks(&side, rule);
+  const std::vector<int32_t> base = bases_of_places(p, &side);
+  transpose_into(p, built->row_begin.get(), by_row.get(), nullptr, base.data(), place.get());
   sort_cells(&side, by_row.get());
   number_columns(&side, by_row.get());
   if (places) {
     side.place16.reset(new uint16_t[p.nnz]);
     lay_out(side, place.get(), side.place16.get(), [](uint16_t place, int64_t) { return place; });
-    side.sweeps.from.reset();  // values are gathered into this order
   }
+  side.sweeps.from.reset();  // values are brought into this order
   side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1);
 }
 

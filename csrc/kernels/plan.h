@@ -63,9 +63,12 @@ struct Side {
   std::unique_ptr<uint16_t[]> index16;
   const int32_t* index32 = nullptr;
   int column_shift = 0;
-  // Transposed linear layers: the place of each nonzero's value in its row of the pattern, which is
-  // its column here. Two bytes instead of a permutation's four. Null if there are more than 65536
-  // columns on either side.
+  // Transposed linear layers: the place of each nonzero's value among those of its block, which are
+  // one stretch of the pattern's; or, where such a stretch is longer than 65536 (!place_in_block),
+  // in its row of the pattern, which is its column here. Two bytes instead of a permutation's four.
+  // Null if there are more than 65536 columns on either side, and for dense patterns
+  // (kSquaresDensity).
+  bool place_in_block = false;
   std::unique_ptr<uint16_t[]> place16;
 
   // (None of these inline: instruction sets would share their code.)
@@ -99,6 +102,10 @@ constexpr int64_t kMostDenseBlock = 32 << 10;
 
 // Of the operand of a dense pattern's block.
 int64_t dense_block_bytes();
+
+// From this density on, with vectors of 512 bits, the transposed side of a linear layer gets its
+// values by squares (transposed_values-inl.h), and has no place16.
+constexpr double kSquaresDensity = 0.4;
 
 // For convolutions.
 constexpr double kWideDensity = 0.35;
