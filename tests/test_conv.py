@@ -124,6 +124,12 @@ FEW_PIXELS = {
     "3x3_stride_2": (1, setting(20, 100, (3, 3), (13, 14), padding=1, stride=2)),
     "several_images": (3, setting(24, 90, (3, 3), (5, 6), padding=1)),
     "several_tiles": (1, setting(16, 130, (3, 3), (14, 14), padding=1)),
+    # As wide as the input: vectors of pixels as they lie, also of two images at once.
+    "5x3": (2, setting(16, 130, (5, 3), (6, 9), padding=(2, 1))),
+    "dilated": (3, setting(12, 120, (3, 3), (7, 8), padding=2, dilation=2)),
+    "kernel_beyond_the_image": (3, setting(6, 90, (7, 9), (3, 7), padding=(3, 4))),
+    "less_than_a_vector": (5, setting(24, 90, (3, 3), (3, 3), padding=1)),
+    "as_wide_but_lower": (1, setting(16, 90, (3, 3), (9, 9), padding=(0, 1))),
     "1x1": (2, setting(70, 120, (1, 1), (7, 7))),
     "1x1_stride_2_padding": (2, setting(40, 90, (1, 1), (9, 7), padding=(1, 0), stride=2)),
     "stride_3": (
@@ -427,6 +433,35 @@ def test_every_bit_is_the_same_for_any_thread_count_and_run(name: str, dtype: to
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        setting(16, 48, (3, 3), (19, 23), padding=1),
+        setting(48, 16, (3, 3), (19, 23), padding=1),
+        setting(24, 32, (3, 3), (25, 17), padding=1, stride=2),
+        setting(24, 24, (3, 5), (30, 21), padding=(0, 1), dilation=(2, 1), groups=2),
+        setting(64, 24, (1, 1), (21, 20)),
+        setting(24, 64, (1, 1), (21, 20), stride=2),
+    ],
+    ids=["widening", "narrowing", "stride_2", "groups_dilated", "1x1", "1x1_stride_2"],
+)
+def test_the_gradient_of_the_values_alone(what: Setting, dtype: torch.dtype) -> None:
+    """Without a gradient of the input: right, and the same for any threads."""
+    case = make_case(what, 2, dtype, 0.5).require_grad()
+    case.x.requires_grad_(False)
+    results: list[list[Tensor]] = []
+    with computed_by("sparse"):
+        for count in (1, 2, 4):
+            with threads(count):
+                check_case(case)
+                leaves = [case.values, case.bias]
+                y = case.sparse(case.x, *leaves)
+                results.append(list(torch.autograd.grad(y, leaves, case.grad)))
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
+
+
 @pytest.mark.parametrize("out", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 37])
 def test_every_bit_of_a_bias_gradient_alone_is_the_same_for_any_thread_count(
@@ -599,6 +634,27 @@ def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
     window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
     nnz = int(density * 64 * 64 * kernel * kernel)
     problem = Problem((2, 64, 56, 56), 64, nnz, *window, 1, torch.float32)
+    assert chosen(problem) == families
+
+
+@pytest.mark.parametrize(
+    ("halves", "density", "families"),
+    [
+        (True, 0.74, ["native", "dense", "native"]),
+        (True, 0.78, ["dense", "dense", "native"]),
+        (True, 0.81, ["dense"] * 3),
+        (False, 0.74, ["dense", "dense", "native"]),
+        (False, 0.69, ["native", "dense", "native"]),
+    ],
+)
+def test_the_documented_choice_for_few_pixels(
+    halves: bool, density: float, families: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
+    monkeypatch.setattr(_conv_choice, "_IS_HALVES", halves)
+    window = ((3, 3), (1, 1), (1, 1), (1, 1))
+    nnz = int(density * 256 * 256 * 9)
+    problem = Problem((1, 256, 14, 14), 256, nnz, *window, 1, torch.float32)
     assert chosen(problem) == families
 
 

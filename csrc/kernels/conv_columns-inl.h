@@ -17,24 +17,54 @@ struct PixelRun {
   int32_t lane, count;  // lanes [lane, lane + count) of a tile, at most a vector
   int32_t image, pixel;
 };
+// The same where the result is as wide as the input and the stride is 1: what a kernel position
+// sees of pixels side by side lies side by side too, but for what is outside the image. Lane
+// lane + i of a tile sees pixel + i of an image, for each bit i of `where`.
+struct ShiftedRun {
+  int32_t lane, image, pixel;
+  bool first;  // of its vector
+  uint32_t where;
+};
+
+// Whether kernel position (i, j) sees a pixel of a plane of this size from (y, x), with stride 1.
+struct Shift {
+  int64_t i, j;
+  Shift(const int64_t* kernel, const int64_t* padding, const int64_t* dilation, int64_t tap)
+      : i(tap / kernel[1] * dilation[0] - padding[0]),
+        j(tap % kernel[1] * dilation[1] - padding[1]) {}
+  bool inside(const int64_t* size, int64_t y, int64_t x) const {
+    return y + i >= 0 && y + i < size[0] && x + j >= 0 && x + j < size[1];
+  }
+  int64_t pixels(const int64_t* size) const { return i * size[1] + j; }
+};
 
 // Which pixel of a channel's planes each lane of a tile sees at each kernel position. Lanes that
 // see none are in no run.
 template <class T>
 class PixelRuns {
  public:
-  // `size`: of the planes; `grid`: of the pixels that are lanes.
+  // `size`: of the planes; `grid`: of the pixels that are lanes; `masked`: shifted runs, if they
+  // do.
   PixelRuns(const Tiling<T>& tiling, const int64_t* size, const int64_t* grid,
             const int64_t* kernel, const int64_t* stride, const int64_t* padding,
-            const int64_t* dilation)
+            const int64_t* dilation, bool masked)
       : taps(kernel[0] * kernel[1]),
         step(stride[1]),
-        runs_(taps * (tiling.count + ceil_div(tiling.batch, grid[1]) * most_of_row(grid[1]))),
+        shifted(masked && are_shifted(size, grid, stride)),
+        runs_(shifted
+                  ? 0
+                  : taps * (tiling.count + ceil_div(tiling.batch, grid[1]) * most_of_row(grid[1]))),
+        shifted_runs_(shifted ? taps * 2 * (tiling.count + ceil_div(tiling.batch, w)) : 0),
         begin_(taps * tiling.count + 1) {
     int64_t n = 0;
     for (int64_t t = 0; t < tiling.count; t++) {
       for (int64_t tap = 0; tap < taps; tap++) {
         begin_.get()[t * taps + tap] = static_cast<int32_t>(n);
+        if (shifted) {
+          n += list_shifted(tiling.first(t), tiling.samples(t), size,
+                            Shift(kernel, padding, dilation, tap), shifted_runs_.get() + n);
+          continue;
+        }
         const int64_t i = tap / kernel[1] * dilation[0] - padding[0];
         const int64_t j = tap % kernel[1] * dilation[1] - padding[1];
         n += list(tiling.first(t), tiling.samples(t), size, grid, stride, i, j, runs_.get() + n);
@@ -43,12 +73,24 @@ class PixelRuns {
     begin_.get()[taps * tiling.count] = static_cast<int32_t>(n);
   }
   const int64_t taps, step;
+  const bool shifted;
 
+  // Shifted runs need a vector of pixels in each image, so that two make one at most.
+  static bool are_shifted(const int64_t* size, const int64_t* grid, const int64_t* stride) {
+    return LoadsWhere<T>::value && stride[0] == 1 && stride[1] == 1 && size[0] == grid[0] &&
+           size[1] == grid[1] && size[0] * size[1] >= w;
+  }
   // f(run) for what tile t sees at kernel position `tap`, in ascending order of lanes.
   template <class F>
   ST_INLINE void each(int64_t t, int64_t tap, const F& f) const {
     const int32_t* begin = begin_.get() + t * taps + tap;
     for (int32_t i = begin[0]; i < begin[1]; i++) f(runs_.get()[i]);
+  }
+  // The same of shifted runs, of which each vector with a pixel has one.
+  template <class F>
+  ST_INLINE void each_shifted(int64_t t, int64_t tap, const F& f) const {
+    const int32_t* begin = begin_.get() + t * taps + tap;
+    for (int32_t i = begin[0]; i < begin[1]; i++) f(shifted_runs_.get()[i]);
   }
 
  private:
@@ -92,7 +134,29 @@ class PixelRuns {
     return out - begin;
   }
 
+  // Lanes are pixels first, first + 1, ... of the planes of all images.
+  static int64_t list_shifted(int64_t first, int64_t count, const int64_t* size, const Shift& shift,
+                              ShiftedRun* out) {
+    const int64_t plane = size[0] * size[1];
+    const ShiftedRun* begin = out;
+    for (int64_t lane = 0; lane < count; lane += w) {
+      for (int64_t l = 0; l < least(w, count - lane);) {  // each image of this vector
+        const int64_t at = first + lane + l, image = at / plane, pixel = at % plane;
+        const int64_t n = least(least(w, count - lane) - l, plane - pixel);
+        uint32_t where = 0;
+        for (int64_t i = 0; i < n; i++)
+          if (shift.inside(size, (pixel + i) / size[1], (pixel + i) % size[1]))
+            where |= 1u << (l + i);
+        *out++ = {static_cast<int32_t>(lane), static_cast<int32_t>(image),
+                  static_cast<int32_t>(pixel - l + shift.pixels(size)), l == 0, where};
+        l += n;
+      }
+    }
+    return out - begin;
+  }
+
   Scratch<PixelRun> runs_;
+  Scratch<ShiftedRun> shifted_runs_;
   Scratch<int32_t> begin_;
 };
 
@@ -128,6 +192,23 @@ struct Columns {
   const PixelRuns<Sum<S>>& runs;
 };
 
+// A column of tile t by shifted runs. planes: of its channel.
+template <class S>
+ST_INLINE void pack_shifted(const Columns<S>& x, const S* planes, int64_t t, int64_t tap,
+                            int64_t width, Sum<S>* row) {
+  if constexpr (LoadsWhere<S>::value) {
+    constexpr int64_t w = kLanes<S>;
+    int64_t written = 0;
+    x.runs.each_shifted(t, tap, [&](const ShiftedRun& run) {
+      Vec<S> v = load_where(run.where, planes + run.image * x.channels * x.plane + run.pixel);
+      if (!run.first) v += load<S>(row + run.lane);
+      store<S>(row + run.lane, v);
+      written = run.lane + w;
+    });
+    for (; written < width; written += w) store<S>(row + written, Vec<S>{});
+  }
+}
+
 // Columns [c0, c1) of tile t: the `pack` that linear-inl.h asks for.
 template <class S>
 void pack(const Tiling<Sum<S>>& tiling, const Columns<S>& x, int64_t t, int64_t c0, int64_t c1,
@@ -139,6 +220,11 @@ void pack(const Tiling<Sum<S>>& tiling, const Columns<S>& x, int64_t t, int64_t 
     T* row = tile + c0 * width;
     for (int64_t c = c0, channel = c0 / taps, tap = c0 % taps; c < c1; c++, row += width) {
       const S* planes = x.data + channel * x.plane;
+      if (x.runs.shifted) {
+        pack_shifted(x, planes, t, tap, width, row);
+        if (++tap == taps) tap = 0, channel++;
+        continue;
+      }
       for (int64_t i = 0; i < width; i += w) store<T>(row + i, Vec<T>{});
       x.runs.each(t, tap, [&](const PixelRun& run) {
         const Vec<T> v = load_pixels<decltype(step)::value>(
@@ -196,6 +282,52 @@ struct ColumnsOut {
   // Each pixel of dx becomes the sum of what the kernel positions that see it have.
   void fold(const ConvShape& s, const Tiling<Sum<S>>& tiling, const PixelRuns<Sum<S>>& runs, S* dx,
             const Parallel& parallel) const {
+    if (PixelRuns<Sum<S>>::are_shifted(s.in_size, s.out_size, s.stride)) {
+      fold_shifted(s, dx, parallel);
+    } else {
+      fold_runs(s, tiling, runs, dx, parallel);
+    }
+  }
+
+ private:
+  // A pixel reads what the kernel positions have of it: sums stay in registers.
+  void fold_shifted(const ConvShape& s, S* dx, const Parallel& parallel) const {
+    typedef Sum<S> T;
+    if constexpr (LoadsWhere<T>::value) {
+      constexpr int64_t w = kLanes<T>;
+      const int64_t taps = s.kernel[0] * s.kernel[1], plane = s.in_size[0] * s.in_size[1];
+      const int64_t vectors = ceil_div(plane, w);
+      Scratch<uint32_t> where(vectors * taps);
+      Scratch<int64_t> from(taps);
+      for (int64_t tap = 0; tap < taps; tap++) {
+        Shift shift(s.kernel, s.padding, s.dilation, tap);
+        shift.i = -shift.i, shift.j = -shift.j;
+        from.get()[tap] = tap * lanes + shift.pixels(s.in_size);
+        for (int64_t v = 0; v < vectors; v++) {
+          uint32_t set = 0;
+          for (int64_t p = v * w; p < least((v + 1) * w, plane); p++)
+            if (shift.inside(s.in_size, p / s.in_size[1], p % s.in_size[1]))
+              set |= 1u << (p - v * w);
+          where.get()[v * taps + tap] = set;
+        }
+      }
+      const int workers = worth_waking(parallel, s.in_channels * taps * lanes / 8);
+      share(parallel, workers, s.in_channels, [&](int, int64_t c) {
+        for (int64_t n = 0; n < s.batch; n++) {
+          for (int64_t v = 0; v < vectors; v++) {
+            const T* rows = data + c * taps * lanes + n * plane + v * w;
+            Vec<T> sum{};
+            for (int64_t tap = 0; tap < taps; tap++)
+              sum += load_where(where.get()[v * taps + tap], rows + from.get()[tap]);
+            store_narrowed<S>(dx + (n * s.in_channels + c) * plane + v * w, sum,
+                              static_cast<int>(least(w, plane - v * w)));
+          }
+        }
+      });
+    }
+  }
+  void fold_runs(const ConvShape& s, const Tiling<Sum<S>>& tiling, const PixelRuns<Sum<S>>& runs,
+                 S* dx, const Parallel& parallel) const {
     typedef Sum<S> T;
     constexpr int64_t w = kLanes<T>, channels = 8;
     const int64_t plane = s.in_size[0] * s.in_size[1], room = round_up(s.batch * plane) + 2 * w;
@@ -214,7 +346,6 @@ struct ColumnsOut {
     });
   }
 
- private:
   static int64_t round_up(int64_t n) { return ceil_div(n, kLanes<Sum<S>>) * kLanes<Sum<S>>; }
 
   template <class Step>
@@ -233,15 +364,17 @@ struct ColumnsOut {
   }
 };
 
+// masked: whether to list shifted runs, if there are such.
 template <class T>
-PixelRuns<T> seen_pixels(const ConvShape& s, const Tiling<T>& tiling) {
-  return PixelRuns<T>(tiling, s.in_size, s.out_size, s.kernel, s.stride, s.padding, s.dilation);
+PixelRuns<T> seen_pixels(const ConvShape& s, const Tiling<T>& tiling, bool masked) {
+  return PixelRuns<T>(tiling, s.in_size, s.out_size, s.kernel, s.stride, s.padding, s.dilation,
+                      masked);
 }
 // Of dy: every pixel is a sample.
 template <class T>
-PixelRuns<T> own_pixels(const ConvShape& s, const Tiling<T>& tiling) {
+PixelRuns<T> own_pixels(const ConvShape& s, const Tiling<T>& tiling, bool masked) {
   constexpr int64_t one[2] = {1, 1}, none[2] = {0, 0};
-  return PixelRuns<T>(tiling, s.out_size, s.out_size, one, one, none, one);
+  return PixelRuns<T>(tiling, s.out_size, s.out_size, one, one, none, one, masked);
 }
 ST_INLINE int64_t pixels_of(const ConvShape& s) { return s.batch * s.out_size[0] * s.out_size[1]; }
 
@@ -252,7 +385,7 @@ void columns_forward(const ConvForward& a) {
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(pixels_of(s), side.wide);
   const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
-  const PixelRuns<T> runs = seen_pixels(s, tiling);
+  const PixelRuns<T> runs = seen_pixels(s, tiling, LoadsWhere<S>::value);
   const Columns<S> x{static_cast<const S*>(a.x), s.in_channels, s.in_size[0] * s.in_size[1], runs};
   const PlanesOut<S> y{static_cast<S*>(a.y), s.out_channels, s.out_size[0] * s.out_size[1]};
   spmm(Product<S, PlanesOut<S>>{side, tiling, values.get(), bias.get(), y}, x, a.parallel);
@@ -265,7 +398,8 @@ void columns_backward(const ConvBackward& a) {
   const ConvShape& s = a.shape;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(pixels_of(s), side.wide);
-  const PixelRuns<T> runs = seen_pixels(s, tiling), own = own_pixels(s, tiling);
+  constexpr bool masked = LoadsWhere<S>::value;
+  const PixelRuns<T> runs = seen_pixels(s, tiling, masked), own = own_pixels(s, tiling, masked);
   const Columns<S> x{static_cast<const S*>(a.x), s.in_channels, s.in_size[0] * s.in_size[1], runs};
   const Columns<S> dy{static_cast<const S*>(a.dy), s.out_channels, s.out_size[0] * s.out_size[1],
                       own};

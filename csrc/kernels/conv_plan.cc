@@ -439,7 +439,7 @@ static int64_t vectors_of_pixels(const ConvShape& s, int64_t lanes) {
 
 // A nonzero costs one unit for each vector; in rows of pixels 4 more, for its value and gradient,
 // which are in another order than the pattern's. To unfold a column, and fold its gradient, costs
-// as much as 17 nonzeros.
+// as much as 17 nonzeros, or 10 where vectors of pixels are moved as they are (ShiftedRun).
 bool samples_are_pixels(const Plan& plan, const ConvShape& s, const ConvVectors& v) {
   const int64_t pixels = s.batch * s.out_size[0] * s.out_size[1];
   // The unfolded input is no larger than the dense weight and its gradient would be.
@@ -447,9 +447,11 @@ bool samples_are_pixels(const Plan& plan, const ConvShape& s, const ConvVectors&
   if (lanes_are_samples(s, v)) return false;
   const Pattern& p = plan.pattern();
   const double in_column = static_cast<double>(p.nnz) / static_cast<double>(p.cols);
-  constexpr double kUnfolding = 17;
+  const bool same = s.stride[0] * s.stride[1] == 1 && s.in_size[0] == s.out_size[0] &&
+                    s.in_size[1] == s.out_size[1];
+  const double unfolding = same && v.lane_bytes == 4 && v.lanes >= 8 ? 10 : 17;
   const double rows = static_cast<double>(vectors_of_pixels(s, v.lanes)) * (in_column + 1);
-  const double columns = static_cast<double>(div_up(pixels, v.lanes)) * (in_column + kUnfolding);
+  const double columns = static_cast<double>(div_up(pixels, v.lanes)) * (in_column + unfolding);
   return columns <= rows + 4 * in_column;
 }
 

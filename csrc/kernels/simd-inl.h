@@ -433,6 +433,24 @@ ST_INLINE Vec<Sum<S>> load_widened_some(const S* p, int n) {
   for (int i = 0; i < n; i++) t[i] = widen(p[i]);
   return loadu<Sum<S>>(t);
 }
+// Whether load_where is there.
+template <class T>
+struct LoadsWhere : std::false_type {};
+#if defined(__AVX2__)
+template <>
+struct LoadsWhere<float> : std::true_type {};
+// Lane i of p where bit i of `set` is set, else zero. Other lanes are not touched.
+ST_INLINE Vec<float> load_where(uint32_t set, const float* p) {
+#if defined(ST_512_BITS)
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(set), p));
+#else
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(set));
+  return reinterpret_cast<Vec<float>>(
+      _mm256_maskload_ps(p, _mm256_cmpeq_epi32(_mm256_and_si256(all, lane), lane)));
+#endif
+}
+#endif
 // The first n <= lanes elements, rounded.
 template <class S>
 ST_INLINE void store_narrowed(S* p, Vec<Sum<S>> v, int n) {

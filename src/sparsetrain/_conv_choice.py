@@ -90,6 +90,7 @@ _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_val
 _IS_HALVES = _native.cpu_kind() == "halves"
 _HALVES_FEW: _BreakEvens = {"forward": 0.60, "grad_input": 0.55, "grad_values": 0.60}
 _HALVES_FEW_STRIDED: _BreakEvens = {"forward": 0.58, "grad_input": 0.65, "grad_values": 0.58}
+_HALVES_COLUMNS: _BreakEvens = {"forward": 0.76, "grad_input": 0.60, "grad_values": 0.80}
 # 1 x 1 with a stride there, any batch: for up to so many input channels always (twice as many where
 # pixels are few), else the table.
 _HALVES_STRIDED_1X1_CHANNELS = 128
@@ -165,7 +166,9 @@ def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bo
         return (_FEW_PIXELS_1X1 if pointwise else _FEW_PIXELS)[direction]
     if problem.out_channels < _COLUMNS_CHANNELS:
         return 0.0
-    return (_COLUMNS_1X1 if pointwise else _COLUMNS)[direction]
+    if pointwise:
+        return _COLUMNS_1X1[direction]
+    return (_HALVES_COLUMNS if _IS_HALVES else _COLUMNS)[direction]
 
 
 def _halves_strided_pointwise(direction: Direction, problem: Problem) -> float:
@@ -257,6 +260,7 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     |----------------------------------------------|---------|------------|-------------|
     | above 1 x 1, smaller batches, not few pixels | 0.60    | 0.55       | 0.60        |
     | with a stride above 1                        | 0.58    | 0.65       | 0.58        |
+    | above 1 x 1, few pixels, but 64 or more      | 0.76    | 0.60       | 0.80        |
     | 1 x 1 with a stride, any batch               | 0.88    | 1.00       | 0.86        |
     | less than 512 pixels of all images           |         | 0.90       |             |
     | 128 input channels or fewer; 256 where that  | 1.00    | 1.00       | 1.00        |
