@@ -26,12 +26,13 @@ struct ShiftedRun {
   uint32_t where;
 };
 
-// Whether kernel position (i, j) sees a pixel of a plane of this size from (y, x), with stride 1.
+// Where a kernel position sees a pixel, from the pixel of the result (times the stride).
 struct Shift {
   int64_t i, j;
   Shift(const int64_t* kernel, const int64_t* padding, const int64_t* dilation, int64_t tap)
       : i(tap / kernel[1] * dilation[0] - padding[0]),
         j(tap % kernel[1] * dilation[1] - padding[1]) {}
+  // Whether that is inside a plane of this size, with stride 1.
   bool inside(const int64_t* size, int64_t y, int64_t x) const {
     return y + i >= 0 && y + i < size[0] && x + j >= 0 && x + j < size[1];
   }
@@ -60,14 +61,11 @@ class PixelRuns {
     for (int64_t t = 0; t < tiling.count; t++) {
       for (int64_t tap = 0; tap < taps; tap++) {
         begin_.get()[t * taps + tap] = static_cast<int32_t>(n);
-        if (shifted) {
-          n += list_shifted(tiling.first(t), tiling.samples(t), size,
-                            Shift(kernel, padding, dilation, tap), shifted_runs_.get() + n);
-          continue;
-        }
-        const int64_t i = tap / kernel[1] * dilation[0] - padding[0];
-        const int64_t j = tap % kernel[1] * dilation[1] - padding[1];
-        n += list(tiling.first(t), tiling.samples(t), size, grid, stride, i, j, runs_.get() + n);
+        const Shift shift(kernel, padding, dilation, tap);
+        n += shifted ? list_shifted(tiling.first(t), tiling.samples(t), size, shift,
+                                    shifted_runs_.get() + n)
+                     : list(tiling.first(t), tiling.samples(t), size, grid, stride, shift.i,
+                            shift.j, runs_.get() + n);
       }
     }
     begin_.get()[taps * tiling.count] = static_cast<int32_t>(n);

@@ -174,6 +174,10 @@ ST_INLINE int compress(Bits set, Vec<float> weights, float* to) {
 ST_INLINE const Bits* bits_of_row(const Plan& plan, int64_t r) {
   return reinterpret_cast<const Bits*>(plan.bits() + r * plan.bits_stride());
 }
+// From one row's bits to the next one's.
+ST_INLINE int64_t row_words(const Plan& plan) {
+  return plan.bits_stride() / static_cast<int64_t>(sizeof(Bits));
+}
 
 // values: reads a vector at a time, but none from `end` on.
 template <bool ByTable>

@@ -81,11 +81,6 @@ class RowValues {
   Scratch<float> tail_;
 };
 
-// From one row's bits to the next one's.
-ST_INLINE int64_t row_words(const Plan& plan) {
-  return plan.bits_stride() / static_cast<int64_t>(sizeof(Bits));
-}
-
 // Asks for what the R rows after these read at the same place, about `ahead` bytes on: where rows
 // are short, the hardware's own prefetching is late (768 -> 3072: 1.3 to 1.6 times faster).
 ST_INLINE void prefetch_ahead(const float* values, uintptr_t ahead) {

@@ -102,25 +102,6 @@ ST_INLINE void for_units(const Side& side, int64_t r0, int64_t r1, const F& f) {
   for (int64_t unit = r0 / rows; unit * rows < r1; unit++) f(unit, unit * rows);
 }
 
-// Values in the type of the sums: the given ones where that is what they are.
-template <class S>
-class Widened {
- public:
-  typedef Sum<S> T;
-  Widened(const void* values, int64_t count)
-      : scratch_(sizeof(S) != sizeof(T) && values ? count : 0),
-        data_(static_cast<const T*>(values)) {
-    if (sizeof(S) == sizeof(T) || !values) return;
-    for (int64_t k = 0; k < count; k++) scratch_.get()[k] = widen(static_cast<const S*>(values)[k]);
-    data_ = scratch_.get();
-  }
-  const T* get() const { return data_; }
-
- private:
-  Scratch<T> scratch_;
-  const T* data_;
-};
-
 // Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
 template <class S>
 void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, int64_t c1,

@@ -1,4 +1,5 @@
-// The values of a pattern in the order in which its transposed side reads them.
+// The values of a pattern as the products read them: in the type of the sums, and in the order of
+// the transposed side.
 #pragma once
 
 #include "dense-inl.h"
@@ -9,6 +10,25 @@
 
 namespace sparsetrain {
 namespace {
+
+// Values in the type of the sums: the given ones where that is what they are.
+template <class S>
+class Widened {
+ public:
+  typedef Sum<S> T;
+  Widened(const void* values, int64_t count)
+      : scratch_(sizeof(S) != sizeof(T) && values ? count : 0),
+        data_(static_cast<const T*>(values)) {
+    if (sizeof(S) == sizeof(T) || !values) return;
+    for (int64_t k = 0; k < count; k++) scratch_.get()[k] = widen(static_cast<const S*>(values)[k]);
+    data_ = scratch_.get();
+  }
+  const T* get() const { return data_; }
+
+ private:
+  Scratch<T> scratch_;
+  const T* data_;
+};
 
 // to: where block b's values of rows [first, end) of the transposed side begin, as far as it has
 // these rows.
@@ -29,20 +49,19 @@ inline void places_of_cells(const Side& transposed, int64_t b, int64_t first, in
 }
 
 #if defined(ST_512_BITS)
-constexpr int kSquare = 16;
+constexpr int kSquare = kLanes<float>;
 // Squares side by side: a line for each of their columns, 256 KiB, stays in L2.
 constexpr int64_t kBands = 256;
-typedef uint16_t SquareBits __attribute__((may_alias));
 
 // Dense patterns: squares of weights, each row of which is expanded from its values and each column
-// compressed to values again. about 400 cycles for 16 x 16 weights, where to fetch each value from
+// compressed to values again: about 400 cycles for 16 x 16 weights, where to fetch each value from
 // its place takes 3 to 5 cycles a value.
 class Squares {
  public:
   Squares(const Plan& plan, const Side& transposed, const float* values, float* out)
       : pattern_(plan.pattern()),
-        bits_(reinterpret_cast<const SquareBits*>(plan.bits())),
-        stride_(plan.bits_stride() / 2),
+        bits_(bits_of_row(plan, 0)),
+        stride_(row_words(plan)),
         side_(transposed),
         values_(values),
         out_(out) {}
@@ -88,12 +107,12 @@ class Squares {
   template <bool Whole>
   ST_INLINE void square(int64_t band, int64_t r0, int64_t r1, int32_t* next, int32_t* to) const {
     Vec<float> weights[kSquare];
-    alignas(32) SquareBits rows[kSquare];
+    alignas(32) Bits rows[kSquare];
     ST_UNROLL
     for (int i = 0; i < kSquare; i++) {
       const bool there = Whole || r0 + i < r1;
       const int64_t r = there ? r0 + i : r0;
-      const SquareBits set = there ? bits_[r * stride_ + band] : SquareBits{0};
+      const Bits set = there ? bits_[r * stride_ + band] : Bits{0};
       const int count = __builtin_popcount(set);
       const float* from = values_ + next[r];
       __builtin_prefetch(from + 2 * kSquare);
@@ -115,7 +134,7 @@ class Squares {
   }
 
   const Pattern& pattern_;
-  const SquareBits* bits_;
+  const Bits* bits_;
   const int64_t stride_;
   const Side& side_;
   const float* values_;
@@ -128,13 +147,8 @@ bool transposed_by_squares(const Plan& plan, const Side& transposed, const S* va
                            const Parallel& parallel) {
   if (plan.density() < kSquaresDensity || !expands_fast()) return false;
   const int64_t nnz = plan.pattern().nnz;
-  Scratch<float> wide(std::is_same<S, float>::value ? 0 : nnz);
-  const float* from = reinterpret_cast<const float*>(values);
-  if constexpr (!std::is_same<S, float>::value) {
-    for (int64_t k = 0; k < nnz; k++) wide.get()[k] = widen(values[k]);
-    from = wide.get();
-  }
-  const Squares squares(plan, transposed, from, out);
+  const Widened<S> wide(values, nnz);
+  const Squares squares(plan, transposed, wide.get(), out);
   const int workers = worth_waking(parallel, 4 * nnz);
   share(parallel, workers, workers, [&](int, int64_t i) {
     squares.transpose_bands(squares.bands() * i / workers, squares.bands() * (i + 1) / workers);
