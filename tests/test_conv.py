@@ -490,16 +490,11 @@ def chosen(problem: Problem) -> list[str]:
         ({"nnz": 30_000}, ["dense", "dense", "native"]),
         ({"nnz": 27_000}, ["native", "dense", "native"]),
         ({"nnz": 33_000, "input_shape": (64, 64, 56, 56)}, ["native"] * 3),
-        ({"nnz": 20_500, "input_shape": (1, 64, 7, 7)}, ["native", "dense", "native"]),
-        ({"nnz": 30_000, "input_shape": (1, 64, 7, 7)}, ["dense", "dense", "native"]),
-        (
-            {"out_channels": 256, "nnz": 95_000, "input_shape": (1, 64, 14, 14)},
-            ["native", "dense", "native"],
-        ),
-        (
-            {"out_channels": 128, "nnz": 47_500, "input_shape": (1, 64, 14, 14)},
-            ["native", "dense", "dense"],
-        ),
+        ({"nnz": 20_500, "input_shape": (1, 64, 7, 7)}, ["native"] * 3),
+        ({"nnz": 30_000, "input_shape": (1, 64, 7, 7)}, ["native", "dense", "native"]),
+        ({"nnz": 26_000, "input_shape": (1, 64, 28, 28)}, ["native"] * 3),
+        ({"nnz": 28_000, "input_shape": (1, 64, 28, 28)}, ["dense", "dense", "native"]),
+        ({"nnz": 26_000, "input_shape": (1, 64, 65, 65)}, ["dense"] * 3),  # too many to unfold
         ({"nnz": 20_000}, ["native"] * 3),
         ({"nnz": 20_000, "input_shape": (1, 64, 56, 56)}, ["native", "dense", "dense"]),
         ({"nnz": 36_864, "input_shape": (1, 64, 56, 56)}, ["dense"] * 3),
@@ -527,8 +522,8 @@ def chosen(problem: Problem) -> list[str]:
             ["dense", "native", "dense"],
         ),
         (
-            {"stride": (2, 2), "nnz": 23_000, "input_shape": (1, 64, 56, 56)},
-            ["dense"] * 3,
+            {"stride": (2, 2), "nnz": 29_000, "input_shape": (1, 64, 56, 56)},
+            ["dense", "native", "dense"],
         ),
     ],
 )
@@ -538,6 +533,7 @@ def test_the_documented_choice(
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
     monkeypatch.setattr(_conv_choice, "_IS_HALVES", False)
     monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", False)
+    monkeypatch.setattr(_conv_choice, "_LANES", 8)
     problem = Problem(
         input_shape=(32, 64, 56, 56),
         out_channels=64,
@@ -587,6 +583,7 @@ def test_the_documented_choice_for_1x1_on_halves_of_512_bit_vectors(
 ) -> None:
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
     monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", True)
+    monkeypatch.setattr(_conv_choice, "_LANES", 16)
     window = ((1, 1), (1, 1), (0, 0), (1, 1))
     problem = Problem((1, 64, 40, 40), 64, int(0.7 * 64 * 64), *window, 1, torch.float32)
     assert chosen(problem) == ["native", "native", "dense"]
@@ -631,30 +628,40 @@ def test_the_documented_choice_for_few_images_on_halves_of_512_bit_vectors(
     monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
     monkeypatch.setattr(_conv_choice, "_IS_HALVES", True)
     monkeypatch.setattr(_conv_choice, "_HAS_512_BITS", True)
+    monkeypatch.setattr(_conv_choice, "_LANES", 16)
     window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
     nnz = int(density * 64 * 64 * kernel * kernel)
-    problem = Problem((2, 64, 56, 56), 64, nnz, *window, 1, torch.float32)
+    problem = Problem((2, 64, 64, 64), 64, nnz, *window, 1, torch.float32)
     assert chosen(problem) == families
 
 
 @pytest.mark.parametrize(
-    ("halves", "density", "families"),
+    ("size", "stride", "lanes", "density", "families"),
     [
-        (True, 0.74, ["native", "dense", "native"]),
-        (True, 0.78, ["dense", "dense", "native"]),
-        (True, 0.81, ["dense"] * 3),
-        (False, 0.74, ["dense", "dense", "native"]),
-        (False, 0.69, ["native", "dense", "native"]),
+        (14, 1, 16, 0.73, ["native"] * 3),
+        (14, 1, 16, 0.77, ["dense", "dense", "native"]),
+        (14, 1, 16, 0.79, ["dense"] * 3),
+        (28, 2, 16, 0.8, ["dense", "native", "dense"]),
+        (7, 1, 16, 0.9, ["native", "dense", "native"]),
+        (64, 1, 16, 0.7, ["dense"] * 3),  # rows fill vectors
+        (56, 1, 16, 0.7, ["native"] * 3),
+        (56, 1, 8, 0.7, ["dense"] * 3),  # here too
     ],
 )
-def test_the_documented_choice_for_few_pixels(
-    halves: bool, density: float, families: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_documented_choice_for_unfolded_layers(
+    size: int,
+    stride: int,
+    lanes: int,
+    density: float,
+    families: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_conv_choice, "_IS_WIDE", False)
-    monkeypatch.setattr(_conv_choice, "_IS_HALVES", halves)
-    window = ((3, 3), (1, 1), (1, 1), (1, 1))
-    nnz = int(density * 256 * 256 * 9)
-    problem = Problem((1, 256, 14, 14), 256, nnz, *window, 1, torch.float32)
+    for name in ("_IS_WIDE", "_IS_HALVES"):
+        monkeypatch.setattr(_conv_choice, name, False)
+    monkeypatch.setattr(_conv_choice, "_LANES", lanes)
+    window = ((3, 3), (stride, stride), (1, 1), (1, 1))
+    nnz = int(density * 64 * 64 * 9)
+    problem = Problem((1, 64, size, size), 64, nnz, *window, 1, torch.float32)
     assert chosen(problem) == families
 
 

@@ -11,7 +11,8 @@
 // convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
 // row of results for each (phase, channel).
 //
-// Where pixels are few, a linear layer of the unfolded input is faster: conv_columns-inl.h.
+// Where rows of pixels do not fill vectors, a linear layer of the unfolded input may be faster:
+// conv_columns-inl.h.
 //
 // Where the batch fills vectors, lanes are samples instead: a vector is one pixel of as many images
 // as it has lanes. Then moving by a column is adding a constant to an address too, so that one copy

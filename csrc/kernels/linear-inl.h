@@ -2,6 +2,8 @@
 // right before its use, so that it is still in L2.
 #pragma once
 
+#include <type_traits>
+
 #include "few-inl.h"
 #include "kernels.h"
 #include "pack-inl.h"
@@ -116,6 +118,28 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
   });
 }
 
+// Tiles that are packed already, one after the other, with all of their `cols` columns.
+template <class S>
+struct PackedTiles {
+  const Sum<S>* data;
+  int64_t cols;
+
+  const Sum<S>* tile(const Tiling<Sum<S>>& tiling, int64_t t) const {
+    return data + cols * tiling.first(t);
+  }
+};
+// Tile t with columns [c0, c1) packed, into `scratch` unless it is packed already.
+template <class S, class X>
+ST_INLINE const Sum<S>* packed_tile(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, int64_t c0,
+                                    int64_t c1, Sum<S>* scratch) {
+  if constexpr (std::is_same<X, PackedTiles<S>>::value) {
+    return x.tile(tiling, t);
+  } else {
+    pack<S>(tiling, x, t, c0, c1, scratch);
+    return scratch;
+  }
+}
+
 // Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2.
 template <class S, class X>
 ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, const Side& side,
@@ -125,12 +149,23 @@ ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, c
   pack<S>(tiling, x, t, first, side.first_column(b + 1), scratch - begin);
 }
 
+// Where results of a tile are made, a row of them for each feature, `stride` elements apart.
+template <class T>
+struct Place {
+  T* data;
+  int64_t stride;
+};
+
 // Results as rows of samples: a contiguous (batch, features) tensor.
 template <class S>
 struct RowsOut {
   S* data;
   int64_t batch, features;
 
+  // For features from r0 on. chunk: scratch, rows of `width` elements.
+  Place<Sum<S>> place(const Tiling<Sum<S>>&, int64_t, int64_t, int64_t width, Sum<S>* chunk) const {
+    return {chunk, width};
+  }
   // Features [r0, r1) of tile t, from its chunk of results.
   template <int NV>
   void put(const Tiling<Sum<S>>& tiling, int64_t t, int64_t r0, int64_t r1,
@@ -142,7 +177,8 @@ struct RowsOut {
 };
 
 // y = x side^T + bias for either orientation, from packed tiles. Samples come from an X, a Matrix
-// or another type with a `pack`; results go to an Out, RowsOut or another type with a `put`.
+// or another type with a `pack`; results go to an Out, RowsOut or another type with `place` and
+// `put`.
 template <class S, class Out = RowsOut<S>>
 struct Product {
   typedef Sum<S> T;
@@ -180,14 +216,14 @@ struct Product {
                                const F& operand) const {
     with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
       constexpr int NV = decltype(n)::value;
-      constexpr int64_t width = NV * kLanes<T>;
+      const Place<T> to = y.place(tiling, t, r0, NV * kLanes<T>, chunk);
       for (int64_t b = 0; b < side.blocks; b++) {
         const T* x = operand(b);
         with_addresses([&](auto apart) {
           for_units(side, r0, r1, [&](int64_t unit, int64_t r) {
             spmm_sweep<T, NV, decltype(bytes)::value, decltype(apart)::value>(
-                side.sweep(b, unit), side.index16.get(), values, x, chunk + (r - r0) * width, width,
-                bias ? bias + r : nullptr, b == 0);
+                side.sweep(b, unit), side.index16.get(), values, x, to.data + (r - r0) * to.stride,
+                to.stride, bias ? bias + r : nullptr, b == 0);
           });
         });
       }
@@ -350,10 +386,10 @@ struct Backward {
     const Side& side = gradient.side;
     const Tiling<T>& tiling = gradient.tiling;
     const bool some = dx.begin < dx.end;
-    pack<S>(tiling, dy, t, some ? 0 : r0, some ? side.rows : r1, dy_tile);
-    if (some) product->rows(t, dy_tile, dx.begin, dx.end, chunk);
+    const T* packed = packed_tile<S>(tiling, dy, t, some ? 0 : r0, some ? side.rows : r1, dy_tile);
+    if (some) product->rows(t, packed, dx.begin, dx.end, chunk);
     // x is packed only when it is needed: both tiles may not fit L2
-    gradient.rows(t, dy_tile, x, x_tile, r0, r1, dvalues, dbias);
+    gradient.rows(t, packed, x, x_tile, r0, r1, dvalues, dbias);
   }
   void clear(T* dvalues, T* dbias, int64_t r0, int64_t r1) const {
     const int32_t* begin = gradient.side.row_begin;

@@ -58,6 +58,8 @@ _DEPTHWISE = Choice(
 )
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
+_UNFOLDED_PIXELS = 4096  # at most
+
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
 # ResNet at batches 1, 8 and 32 with one thread of CPUs with AVX2 (Zen 3) and AVX-512 (Zen 4, and
 # with two threads), for batches that fill vectors or not, kernels above 1 x 1 or not.
@@ -66,14 +68,16 @@ _FILLED: _BreakEvens = {"forward": 0.75, "grad_input": 0.70, "grad_values": 0.85
 _FILLED_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.80, "grad_values": 0.50}
 _FEW: _BreakEvens = {"forward": 0.65, "grad_input": 0.45, "grad_values": 0.45}
 _FEW_1X1: _BreakEvens = {"forward": 0.60, "grad_input": 0.60, "grad_values": 0.50}
-_HAS_512_BITS = _native.vector_lanes()[0] >= 16
+_LANES = _native.vector_lanes()[0]
+_HAS_512_BITS = _LANES >= 16
 _FEW_1X1_512_BITS: _BreakEvens = {"forward": 0.72, "grad_input": 0.80, "grad_values": 0.65}
-# Fewer pixels, all images together, than twice the output channels: by the linear layer's kernels
-# (csrc/kernels/conv_columns-inl.h); and fewer than fill a tile (7 x 7 at batch 1).
+# By the linear layer's kernels (csrc/kernels/conv_columns-inl.h); and fewer pixels, all images
+# together, than fill a tile (7 x 7 at batch 1).
 _PIXELS, _COLUMNS_CHANNELS = 64, 256
-_COLUMNS: _BreakEvens = {"forward": 0.70, "grad_input": 0.60, "grad_values": 0.75}
+_COLUMNS: _BreakEvens = {"forward": 0.75, "grad_input": 0.74, "grad_values": 0.78}
+_COLUMNS_STRIDED = 0.85  # grad_input
 _COLUMNS_1X1: _BreakEvens = {"forward": 0.85, "grad_input": 0.80, "grad_values": 0.72}
-_FEW_PIXELS: _BreakEvens = {"forward": 0.80, "grad_input": 0.50, "grad_values": 0.95}
+_FEW_PIXELS: _BreakEvens = {"forward": 0.95, "grad_input": 0.62, "grad_values": 0.95}
 _FEW_PIXELS_1X1: _BreakEvens = {"forward": 0.90, "grad_input": 0.80, "grad_values": 0.72}
 # A stride leaves the library less to gain in grad_input, and more in forward.
 _STRIDED, _STRIDED_FEW, _STRIDED_1X1 = 0.75, 0.60, 1.0
@@ -90,7 +94,6 @@ _WIDE_FEW_STRIDED: _BreakEvens = {"forward": 0.95, "grad_input": 0.40, "grad_val
 _IS_HALVES = _native.cpu_kind() == "halves"
 _HALVES_FEW: _BreakEvens = {"forward": 0.60, "grad_input": 0.55, "grad_values": 0.60}
 _HALVES_FEW_STRIDED: _BreakEvens = {"forward": 0.58, "grad_input": 0.65, "grad_values": 0.58}
-_HALVES_COLUMNS: _BreakEvens = {"forward": 0.76, "grad_input": 0.60, "grad_values": 0.80}
 # 1 x 1 with a stride there, any batch: for up to so many input channels always (twice as many where
 # pixels are few), else the table.
 _HALVES_STRIDED_1X1_CHANNELS = 128
@@ -100,7 +103,7 @@ _HALVES_STRIDED_1X1_FEW_PIXELS = 0.90  # grad_input
 _LARGE, _LARGE_BREAK_EVEN = 32 << 20, 0.95
 # Samples of a vector, where lanes are samples: vectors are of 256 bits where 512 are computed in
 # halves (csrc/kernels/kernels_isa.cc). And the batch that fills vectors for 1 x 1 kernels.
-_FILLING = max(8, _native.vector_lanes()[0])
+_FILLING = max(8, _LANES)
 _SAMPLES = 8 if _IS_HALVES else _FILLING
 # At batches 1 to 8 on one thread of a CPU with AVX-512 and its own bfloat16 products: bfloat16 0.2
 # to 0.4; float64, which the library has no convolution of its own for, 0.7 and more. Unfolding
@@ -160,15 +163,45 @@ def _float32_break_even(
 def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bool) -> float:
     """0 where the native product is not by the kernels of linear layers."""
     pixels = _output_pixels(problem)
-    if problem.groups > 1 or pixels > 2 * problem.out_channels:
+    if pointwise:
+        if problem.groups > 1 or pixels > 2 * problem.out_channels:
+            return 0.0
+        if pixels < _PIXELS:
+            return _FEW_PIXELS_1X1[direction]
+        return _COLUMNS_1X1[direction] if problem.out_channels >= _COLUMNS_CHANNELS else 0.0
+    if not _unfolds(problem):
         return 0.0
     if pixels < _PIXELS:
-        return (_FEW_PIXELS_1X1 if pointwise else _FEW_PIXELS)[direction]
-    if problem.out_channels < _COLUMNS_CHANNELS:
-        return 0.0
-    if pointwise:
-        return _COLUMNS_1X1[direction]
-    return (_HALVES_COLUMNS if _IS_HALVES else _COLUMNS)[direction]
+        return _FEW_PIXELS[direction]
+    if direction == "grad_input" and math.prod(problem.stride) > 1:
+        return _COLUMNS_STRIDED
+    return _COLUMNS[direction]
+
+
+def _unfolds(problem: Problem) -> bool:
+    """Whether the native kernels take a batch that does not fill vectors, and a kernel above 1 x 1,
+    as a linear layer of the unfolded input (by samples_are_pixels in csrc/kernels/conv_plan.cc)."""
+    batch, channels, *size = problem.input_shape
+    if problem.groups > 1 or len(size) != 2:
+        return False
+    height, width = output_size(
+        size, problem.kernel_size, problem.stride, problem.padding, problem.dilation
+    )
+    vectors = math.ceil(batch * height * width / _LANES)
+    rows = min(
+        (
+            math.ceil(batch / images) * height * math.ceil(images * width / _LANES)
+            for images in range(1, min(batch, 16) + 1)
+        ),
+        default=0,
+    )
+    taps = math.prod(problem.kernel_size)
+    in_column = problem.nnz / (channels * taps)
+    copies = problem.kernel_size[1] * problem.stride[0] / taps
+    moved = math.prod(problem.stride) == 1 and [height, width] == size and _LANES >= 8
+    in_rows = rows * (in_column + 1 + 4 * copies) + 8 * in_column
+    unfolded = vectors * (in_column + (6 if moved else 12))
+    return 0 < batch * height * width <= _UNFOLDED_PIXELS and unfolded <= in_rows
 
 
 def _halves_strided_pointwise(direction: Direction, problem: Problem) -> float:
@@ -229,9 +262,10 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     | float32  | 1 x 1, vectors of 512 bits            | 0.72    | 0.80       | 0.65        |
     | float32  | 1 x 1 with a stride, any batch        |         | 1.00       |             |
     | float32  | less than 512 pixels of all images    |         | 0.60       |             |
-    | float32  | few pixels of all images (below)      | 0.70    | 0.60       | 0.75        |
-    | float32  | few pixels, 1 x 1                     | 0.85    | 0.80       | 0.72        |
-    | float32  | less than 64 pixels                   | 0.80    | 0.50       | 0.95        |
+    | float32  | unfolded (below)                      | 0.75    | 0.74       | 0.78        |
+    | float32  | with a stride above 1                 |         | 0.85       |             |
+    | float32  | 1 x 1                                 | 0.85    | 0.80       | 0.72        |
+    | float32  | less than 64 pixels                   | 0.95    | 0.62       | 0.95        |
     | float32  | less than 64 pixels, 1 x 1            | 0.90    | 0.80       | 0.72        |
     | bfloat16 |                                       | 0.25    | 0.25       | 0.25        |
     | float64  |                                       | 0.75    | 0.75       | 0.75        |
@@ -239,11 +273,13 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     A vector has 8 samples, with AVX-512 16 unless the CPU computes 512 bits in halves. Batches that
     fill three quarters of theirs count, and have that part of the densities above. (1 x 1, and 3-D:
     batches of 8, with AVX-512 16, or more, and all of it.)
-    Few pixels, in smaller batches without groups: at most two for each output channel, of 256
-    channels or more where they are 64 or more.
+    Unfolded, in smaller batches without groups: up to 4096 pixels of all images where that costs
+    less (images whose rows do not fill vectors, many output channels: column_cost in
+    csrc/kernels/conv_plan.cc). 1 x 1: at most two pixels for each output channel, of 256 channels
+    or more where the pixels are 64 or more.
 
     And for float32 and 1 x 1 on AMD's CPUs that compute 512-bit vectors whole, unless what is above
-    for few pixels is more:
+    for unfolded ones is more:
 
     | for                                          | forward | grad_input | grad_values |
     |----------------------------------------------|---------|------------|-------------|
@@ -258,9 +294,8 @@ def choose(direction: Direction, problem: Problem) -> Choice:
 
     | for                                          | forward | grad_input | grad_values |
     |----------------------------------------------|---------|------------|-------------|
-    | above 1 x 1, smaller batches, not few pixels | 0.60    | 0.55       | 0.60        |
+    | above 1 x 1, smaller batches, not unfolded   | 0.60    | 0.55       | 0.60        |
     | with a stride above 1                        | 0.58    | 0.65       | 0.58        |
-    | above 1 x 1, few pixels, but 64 or more      | 0.76    | 0.60       | 0.80        |
     | 1 x 1 with a stride, any batch               | 0.88    | 1.00       | 0.86        |
     | less than 512 pixels of all images           |         | 0.90       |             |
     | 128 input channels or fewer; 256 where that  | 1.00    | 1.00       | 1.00        |
