@@ -283,6 +283,7 @@ LARGE = LinearProblem(32, 768, 3072, 235_930, torch.float32)
         ({"nnz": 768 * 3072, "deterministic": True}, ["native"] * 3),
         ({"nnz": 900_000, "batch": 2048}, ["native", "native", "native"]),
         ({"in_features": 64, "out_features": 64, "nnz": 400, "batch": 8}, ["native"] * 3),
+        ({"in_features": 64, "out_features": 64, "nnz": 4096, "batch": 32}, ["native"] * 3),
     ],
 )
 def test_the_documented_choice(
@@ -294,6 +295,20 @@ def test_the_documented_choice(
     assert [choose(direction, problem).family for direction in DIRECTIONS] == families
     for line, family in zip(explain(problem).splitlines()[1:], families, strict=True):
         assert line.split()[1] == family
+
+
+def test_both_gradients_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small layer's gradient of the input would be faster by the library, if it were alone."""
+    monkeypatch.setattr(_linear_choice, "_lanes", lambda: (8, 8))
+    monkeypatch.setattr(_linear_choice, "_cpu_kind", lambda: "whole")
+    problem = LinearProblem(32, 64, 64, 4096, torch.float32)
+    for direction, alone in (("grad_input", "dense"), ("grad_values", "native")):
+        estimates = costs(direction, problem)
+        assert min(estimates, key=estimates.__getitem__) == alone
+        assert choose(direction, problem).family == "native"
+    assert "in one call" in explain(problem)
+    large = problem._replace(in_features=768, out_features=3072, nnz=768 * 3072)
+    assert choose("grad_input", large).family == "dense"
 
 
 @pytest.mark.parametrize("kind", sorted(_linear_choice._KINDS))
