@@ -58,7 +58,7 @@ _DEPTHWISE = Choice(
 )
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
-_UNFOLDED_PIXELS = 4096  # at most
+_UNFOLDED_PIXELS, _UNFOLDED_1X1_PIXELS = 4096, 1024  # at most
 
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
 # ResNet at batches 1, 8 and 32 with one thread of CPUs with AVX2 (Zen 3) and AVX-512 (Zen 4, and
@@ -164,7 +164,7 @@ def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bo
     """0 where the native product is not by the kernels of linear layers."""
     pixels = _output_pixels(problem)
     if pointwise:
-        if problem.groups > 1 or pixels > 2 * problem.out_channels:
+        if problem.groups > 1 or pixels > min(2 * problem.out_channels, _UNFOLDED_1X1_PIXELS):
             return 0.0
         if pixels < _PIXELS:
             return _FEW_PIXELS_1X1[direction]
@@ -275,8 +275,8 @@ def choose(direction: Direction, problem: Problem) -> Choice:
     batches of 8, with AVX-512 16, or more, and all of it.)
     Unfolded, in smaller batches without groups: up to 4096 pixels of all images where that costs
     less (images whose rows do not fill vectors, many output channels: column_cost in
-    csrc/kernels/conv_plan.cc). 1 x 1: at most two pixels for each output channel, of 256 channels
-    or more where the pixels are 64 or more.
+    csrc/kernels/conv_plan.cc). 1 x 1: at most two pixels for each output channel, and 1024, of 256
+    channels or more where the pixels are 64 or more.
 
     And for float32 and 1 x 1 on AMD's CPUs that compute 512-bit vectors whole, unless what is above
     for unfolded ones is more:
