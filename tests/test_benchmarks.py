@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sparsetrain._cli_bench import parts_of_names
 from sparsetrain.bench import (
     ceilings,
     contestants,
@@ -386,15 +387,57 @@ def test_a_limit_is_decided_where_the_median_surely_is_on_one_side(
 def test_layers_near_their_floor_are_measured_longer() -> None:
     layer = layer_from({"name": "tiny", "inputs": 16, "outputs": 16, "batch": 4})
     settings = Settings(1, 0.3, 6, 1e-4, False, False, False, (), 6)
-    near = {"x_dense": {"floor": 1.0}}
+    near = {"x_dense": {"floor": 1e-9}}
     bench = LayerBench(layer, [0.5, 0.9], settings)
     # 0 is reached for certain, and so is no limit at all: only the first is open
     ratio = iter([False] * 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_bench, "decided", lambda _, floor: floor != 1.0 or next(ratio, True))
+        patch.setattr(layer_bench, "decided", lambda _, floor: floor != 1e-9 or next(ratio, True))
         rows = bench.measure(None, [near, {"x_dense": {"floor": 0.0}}])
     rounds = [len(row["contestants"]["sparsetrain"]["round_ms"]) for row in rows]
     assert rounds == [9, 6]
+    assert [row["looks"] for row in rows] == [1, 1]
+
+
+def test_names_of_layers_may_have_commas() -> None:
+    asked = "fc,3x3 64->64, 56x56 (resnet18), batch 1,,x"
+    assert parts_of_names(asked) == ("fc", "3x3 64->64, 56x56 (resnet18), batch 1", "x")
+    assert parts_of_names("") == ()
+
+
+def test_who_misses_a_floor_gets_a_second_look() -> None:
+    layer = layer_from({"name": "tiny", "inputs": 16, "outputs": 16, "batch": 4})
+    settings = Settings(1, 0.3, 6, 1e-4, False, False, False, (), 6)
+    bench = LayerBench(layer, [0.5, 0.9], settings)
+    built: list[list[float]] = []
+
+    class Other(LayerBench):
+        def __init__(self, layer: Any, sparsities: list[float], settings: Any) -> None:
+            built.append(sparsities)
+            super().__init__(layer, sparsities, settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_bench, "decided", lambda *_: True)
+        patch.setattr(layer_bench, "LayerBench", Other)
+        rows = bench.measure(None, [{"x_dense": {"floor": 0.0}}, {"x_dense": {"floor": 1e9}}])
+    assert built == [[0.9]]
+    assert [row["looks"] for row in rows] == [1, 2]
+    times = [
+        {name: entry["round_ms"] for name, entry in row["contestants"].items()} for row in rows
+    ]
+    assert [len(each["sparsetrain"]) for each in times] == [6, 12]
+    both = rows[1]["contestants"]["sparsetrain"]
+    assert both["x_dense"]["rounds"] == both["ms"]["rounds"] == 12
+
+
+def test_times_of_two_looks_stay_those_of_the_same_rounds() -> None:
+    first = {"dense": [1.0, 2.0, 3.0, 4.0], "sparsetrain": [5.0, 6.0, 7.0], "peer": [8.0, 9.0]}
+    again = {"dense": [10.0, 20.0], "sparsetrain": [30.0, 40.0]}
+    assert layer_bench.pooled(first, again) == {
+        "dense": [1.0, 2.0, 3.0, 10.0, 20.0],
+        "sparsetrain": [5.0, 6.0, 7.0, 30.0, 40.0],
+        "peer": [8.0, 9.0],
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,7 +21,11 @@ Sparsity = Annotated[str, typer.Option(help="Only these sparsities, with commas:
 Shapes = Annotated[Path | None, typer.Option(help="TOML file with what to measure, and targets.")]
 Set = Annotated[str, typer.Option("--set", help="Layers to measure: linear, conv or models.")]
 LayerNames = Annotated[
-    str, typer.Option(help="Only layers whose name has one of these parts, with commas.")
+    str,
+    typer.Option(
+        help="Only layers whose name has one of these parts, with commas (and no space behind "
+        "them: that is a comma of a name)."
+    ),
 ]
 Peers = Annotated[
     bool, typer.Option("--peers", help="torch.sparse, sparseprop and sparselab beside it.")
@@ -30,8 +35,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="Fewer layers, sparsities a
 Budget = Annotated[
     float | None,
     typer.Option(
-        help="Seconds of timing per layer or model (all sparsities); for layers up to as much "
-        "again where noise would decide about a requirement."
+        help="Seconds of timing per layer or model (all sparsities); for layers up to three times "
+        "as much where noise would decide about a requirement, or it is missed."
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
@@ -144,8 +149,9 @@ def numbers(option: str, text: str, kind: type, low: float, high: float) -> tupl
     return tuple(found)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
+def parts_of_names(text: str) -> tuple[str, ...]:
+    """`fc,3x3 64->64, 56x56` -> two parts: names of layers have commas, a space behind each."""
+    return tuple(filter(None, (part.strip() for part in re.split(r",(?! )", text))))
 
 
 def _finish(data: Any, report: str, strict: bool, wrong: list[str]) -> None:
@@ -195,7 +201,7 @@ def layers(
     options = benchmark.Options(
         set=set_,
         shapes=shapes,
-        layers=_words(layers),
+        layers=parts_of_names(layers),
         batches=numbers("--batches", batches, int, 1, 1e9),
         sparsities=numbers("--sparsity", sparsity, float, 0, 1),
         threads=numbers("--threads", threads, int, 1, 1025),
@@ -239,7 +245,7 @@ def models(
     from sparsetrain.bench.verdicts import wrong_results
 
     options = benchmark.Options(
-        models=_words(models),
+        models=parts_of_names(models),
         shapes=shapes,
         sparsities=numbers("--sparsity", sparsity, float, 0.5, 1),
         threads=numbers("--threads", threads, int, 1, 1025),
@@ -328,7 +334,7 @@ def ceilings(
         kernels = Options(
             set=set_,
             shapes=shapes,
-            layers=_words(layers),
+            layers=parts_of_names(layers),
             sparsities=numbers("--sparsity", sparsity, float, 0, 1),
             threads=counts,
             quick=quick,
@@ -359,7 +365,7 @@ def threads_(
     options = benchmark.Options(
         set=set_,
         shapes=shapes,
-        layers=_words(layers),
+        layers=parts_of_names(layers),
         sparsities=numbers("--sparsity", sparsity, float, 0, 1),
         threads=numbers("--threads", threads, int, 2, 1025),
         peers=peers,
