@@ -260,6 +260,7 @@ std::vector<Chosen> chosen_shapes(bool quick) {
       // Folded in several rounds, a channel's kernel positions across two of them.
       conv(1, 72, 28, 28, 20, 3, 3).padding(1, 1).at(0.8),
       conv(1, 44, 27, 50, 30, 3, 5).stride(1, 2).padding(1, 2).at(0.9),
+      conv(1, 3, 33, 33, 20, 9, 9).padding(4, 4).at(0.9),  // a channel across three
       conv(2, 20, 13, 14, 90, 2, 3).stride(2, 3).padding(1, 3).dilation(1, 2).at(0.6),
       conv(2, 15, 11, 33, 100, 3, 4).stride(3, 2).padding(2, 0).at(0.6),
       conv(1, 12, 2, 3, 90, 3, 3).padding(3, 2).dilation(2, 1).at(0.6),

@@ -202,6 +202,21 @@ class LayerBench:
         }
         return {"dense", *found} if found else set()
 
+    def _take_turns(
+        self, turns: list[Turn], still_open: Callable[[], set[str]] | None = None
+    ) -> int:
+        settings = self.settings
+        return interleave(
+            turns,
+            budget_s=settings.budget_s,
+            min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+            turn_s=settings.turn_s,
+            settle_s=settings.settle_s,
+            before_round=self.move,
+            still_open=still_open,
+        )
+
     def _beside_dense(
         self, values: Mapping[str, list[float]], goals: Sequence[Json]
     ) -> list[tuple[Cell, str, float, list[float]]]:
@@ -234,15 +249,7 @@ class LayerBench:
         other = LayerBench(self.layer, sorted({cell.sparsity for cell, _ in missed}), settings)
         names = {"dense", *(_key(name, cell) for cell, name in missed)}
         turns = [turn for turn in other.training_turns() if turn.name in names]
-        interleave(
-            turns,
-            budget_s=settings.budget_s,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            turn_s=settings.turn_s,
-            settle_s=settings.settle_s,
-            before_round=other.move,
-        )
+        other._take_turns(turns)
         again = {turn.name: turn.values for turn in turns if turn.values}
         if "dense" not in again:
             return {}
@@ -256,18 +263,8 @@ class LayerBench:
         goals: what is required at each sparsity (verdicts.targets_of). Whose ratio to dense is so
         near its floor that noise would decide gets more rounds; who misses it, a second look.
         """
-        settings = self.settings
         turns = self.training_turns() + self.forward_turns()
-        rounds = interleave(
-            turns,
-            budget_s=settings.budget_s,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            turn_s=settings.turn_s,
-            settle_s=settings.settle_s,
-            before_round=self.move,
-            still_open=(lambda: self._open(turns, goals)) if goals else None,
-        )
+        rounds = self._take_turns(turns, (lambda: self._open(turns, goals)) if goals else None)
         values = {turn.name: turn.values for turn in turns if turn.values}
         cpu = {turn.name: turn.cpu for turn in turns if turn.cpu}
         errors = {turn.name: turn.error for turn in turns if turn.error}
