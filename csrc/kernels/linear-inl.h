@@ -333,10 +333,10 @@ struct Grouping {
 
 // The backward pass: for each group of tiles, and each part of the rows, dvalues and dbias, and a
 // share of dx. product may be null (dx not wanted).
-template <class S, class Out, class Dy, class X>
+template <class S, class Dy, class X>
 struct Backward {
   typedef Sum<S> T;
-  const Product<S, Out>* product;
+  const Product<S>* product;
   const Gradient<S>& gradient;
   const Dy& dy;
   const X& x;
@@ -404,13 +404,13 @@ struct Backward {
 };
 
 // dvalues and dbias (or null) in the type of the storage, and dx by `product`, unless it is null.
-template <class S, class Out, class Dy, class X>
-void grad_values(const Side& side, const Tiling<Sum<S>>& tiling, const Product<S, Out>* product,
+template <class S, class Dy, class X>
+void grad_values(const Side& side, const Tiling<Sum<S>>& tiling, const Product<S>* product,
                  const Dy& dy, const X& x, S* dvalues, S* dbias, const Parallel& parallel) {
   typedef Sum<S> T;
   auto run = [&](T* values, T* bias) {
     const Gradient<S> gradient{side, tiling, values, bias};
-    Backward<S, Out, Dy, X>{product, gradient, dy, x}.run(parallel);
+    Backward<S, Dy, X>{product, gradient, dy, x}.run(parallel);
   };
   if constexpr (sizeof(S) == sizeof(T)) {
     run(dvalues, dbias);
@@ -433,33 +433,26 @@ void linear_forward(const LinearForward& a) {
   spmm(Product<S>{side, tiling, values.get(), bias.get(), y}, a.x, a.parallel);
 }
 
-// dx alone, dvalues alone, or both, from arguments of a backward pass; dx goes to `out`.
-template <class S, class Args, class Out, class Dy, class X>
-void gradients(const Args& a, const Tiling<Sum<S>>& tiling, const Dy& dy, const X& x,
-               const Out& out) {
+template <class S>
+void linear_backward(const LinearBackward& all) {
   typedef Sum<S> T;
+  const LinearBackward a = without_few<S>(all);
+  if (!a.dx && !a.dvalues) return;
   const Side& side = a.plan->forward(kTiles);
-  S* dvalues = static_cast<S*>(a.dvalues);
-  S* dbias = static_cast<S*>(a.dbias);
-  const Product<S, Out>* none = nullptr;
-  if (!a.dx) return grad_values(side, tiling, none, dy, x, dvalues, dbias, a.parallel);
+  const Tiling<T> tiling(a.dy.rows, side.wide);
+  auto take_dvalues = [&](const Product<S>* product) {
+    grad_values(side, tiling, product, a.dy, a.x, static_cast<S*>(a.dvalues),
+                static_cast<S*>(a.dbias), a.parallel);
+  };
+  if (!a.dx) return take_dvalues(nullptr);
   Scratch<T> values(side.nnz);
   const Side& transposed = a.plan->transposed(kTiles);
   values_to_transposed(*a.plan, transposed, static_cast<const S*>(a.values), values.get(),
                        a.parallel);
-  const Product<S, Out> product{transposed, tiling, values.get(), nullptr, out};
-  if (!dvalues) return spmm(product, dy, a.parallel);
-  grad_values(side, tiling, &product, dy, x, dvalues, dbias, a.parallel);
-}
-
-template <class S>
-void linear_backward(const LinearBackward& all) {
-  const LinearBackward a = without_few<S>(all);
-  if (!a.dx && !a.dvalues) return;
-  const Side& side = a.plan->forward(kTiles);
-  const Tiling<Sum<S>> tiling(a.dy.rows, side.wide);
   const RowsOut<S> dx{static_cast<S*>(a.dx), a.dy.rows, side.cols};
-  gradients<S>(a, tiling, a.dy, a.x, dx);
+  const Product<S> product{transposed, tiling, values.get(), nullptr, dx};
+  if (!a.dvalues) return spmm(product, a.dy, a.parallel);
+  take_dvalues(&product);
 }
 
 }  // namespace
