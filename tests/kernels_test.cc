@@ -112,6 +112,13 @@ void all_shapes(bool quick) {
   test_shape(TestPattern(&random, 130, 1100, 0.05, false), "many_columns", false, &random);
   test_shape(TestPattern(&random, 1100, 130, 0.05, false), "many_rows", false, &random);
   test_shape(TestPattern(&random, 20, 4200, 0.6, false), "many_dense_columns", false, &random);
+  // As many tiles as workers, and one that is shared by two.
+  const TestPattern wide(&random, 260, 400, 0.1, true);
+  const PlanPtr wide_plan = make_plan(wide);
+  for (int64_t batch : {48, 96, 160, 192})
+    for (DType dtype : {DType::f32, DType::f64, DType::bf16})
+      test_linear({wide, wide_plan.get(), batch, 0, "260x400 batch " + std::to_string(batch)},
+                  dtype, Fill::signed_uniform, &random);
   // Enough samples for several groups of sums, of tiles that no group divides evenly.
   const TestPattern pattern(&random, 70, 90, 0.2, true);
   const PlanPtr plan = make_plan(pattern);

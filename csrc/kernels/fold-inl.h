@@ -48,7 +48,7 @@ template <class S>
 class Fold {
  public:
   typedef Sum<S> T;
-  Fold(const ConvShape& s, const Tiling<T>& tiling, const PixelRuns<T>& runs, S* dx)
+  Fold(const ConvShape& s, const Tiling<T>& tiling, const PixelRuns<T>& runs, S* dx, int workers)
       : s_(s),
         tiling_(tiling),
         runs_(runs),
@@ -57,21 +57,16 @@ class Fold {
         taps_(s.kernel[0] * s.kernel[1]),
         shifted_(PixelRuns<T>::are_shifted(s.in_size, s.out_size, s.stride)),
         where_(shifted_ ? vectors() * taps_ : 0),
-        shift_(shifted_ ? taps_ : 0) {
+        shift_(shifted_ ? taps_ : 0),
+        sums_(shifted_ ? 0 : room_of_sums() * workers),
+        rows_(taps_ * workers) {
     for (int64_t tap = 0; shifted_ && tap < taps_; tap++) list_seen(tap);
   }
 
-  // Channels [c0, c1), whose features `columns` have.
-  void channels(const ColumnsOut<S>& columns, int64_t c0, int64_t c1,
-                const Parallel& parallel) const {
-    const int64_t room = room_of_sums();
-    const int workers = worth_waking(parallel, (c1 - c0) * taps_ * columns.stride / 8);
-    Scratch<T> sums(shifted_ ? 0 : room * workers);
-    Scratch<const T*> rows(taps_ * workers);
-    share(parallel, workers, c1 - c0, [&](int worker, int64_t i) {
-      if (shifted_) return from_shifted(columns, c0 + i, rows.get() + worker * taps_);
-      from_runs(columns, c0 + i, sums.get() + worker * room);
-    });
+  // Channel c, all of whose features `columns` have.
+  void channel(const ColumnsOut<S>& columns, int64_t c, int worker) const {
+    if (shifted_) return from_shifted(columns, c, rows_.get() + worker * taps_);
+    from_runs(columns, c, sums_.get() + worker * room_of_sums());
   }
 
  private:
@@ -138,13 +133,17 @@ class Fold {
   const bool shifted_;
   Scratch<uint32_t> where_;
   Scratch<int64_t> shift_;
+  Scratch<T> sums_;         // room_of_sums() for each worker
+  Scratch<const T*> rows_;  // taps for each worker
 };
 
-// Rows of the unfolded input's gradient that are made before they are folded: as many as stay in
-// L2, but whole units.
-ST_INLINE int64_t rows_at_once(const Side& side, int64_t row_bytes) {
-  const int64_t units = cache_bytes(2) / 2 / row_bytes / side.sweeps.unit;
-  return least(side.rows, most(1, units) * side.sweeps.unit);
+// Rows of the unfolded input's gradient that a worker makes before it folds them: as many as stay
+// in L2, but whole units, and no more than leave work for the others.
+ST_INLINE int64_t rows_at_once(const Side& side, int64_t row_bytes, int workers) {
+  const int64_t unit = side.sweeps.unit;
+  const int64_t most_units = most(1, cache_bytes(2) / 2 / row_bytes / unit);
+  const int64_t groups = ceil_div(ceil_div(side.rows, most_units * unit), workers) * workers;
+  return ceil_div(side.rows, groups * unit) * unit;
 }
 // Lanes from one row to the next: an odd number of cache lines, so that a column of tiles spreads
 // over L1's sets.
@@ -154,34 +153,70 @@ int64_t row_stride(const Tiling<T>& tiling) {
   return (ceil_div(tiling.count * tiling.lanes, line) | 1) * line;
 }
 
-// dx = fold(dy side^T), side being the transposed one.
+// dx = fold(dy side^T), side being the transposed one. Workers take groups of rows, and fold the
+// channels that these have whole; the rows of a channel that a group's end cuts are kept, and the
+// few such channels folded last.
 template <class S>
-void fold_product(const ConvShape& s, const Side& side, const Tiling<Sum<S>>& tiling,
-                  const Sum<S>* values, const PackedTiles<S>& dy, const PixelRuns<Sum<S>>& runs,
-                  S* dx, const Parallel& parallel) {
+class FoldProduct {
+ public:
   typedef Sum<S> T;
-  const int64_t stride = row_stride(tiling), unit = side.sweeps.unit, before = runs.taps - 1;
-  const int64_t together = rows_at_once(side, stride * static_cast<int64_t>(sizeof(T)));
-  const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
-  const int64_t step = shared_evenly(tiling.count, workers) ? together : unit;
-  Scratch<T> rows((before + together) * stride);
-  T* const begin = rows.get() + before * stride;
-  const Fold<S> fold(s, tiling, runs, dx);
-  for (int64_t r0 = 0, folded = 0; r0 < side.rows; r0 += together) {
-    const int64_t r1 = least(r0 + together, side.rows), parts = ceil_div(r1 - r0, step);
-    const ColumnsOut<S> columns{begin, stride, r0};
-    const Product<S, ColumnsOut<S>> product{side, tiling, values, nullptr, columns};
-    share(parallel, workers, tiling.count * parts, [&](int, int64_t i) {
-      const int64_t t = i / parts, r = r0 + i % parts * step;
-      product.rows(t, dy.tile(tiling, t), r, least(r + step, r1), nullptr);
+  FoldProduct(const ConvShape& s, const Side& side, const Tiling<T>& tiling,
+              const PixelRuns<T>& runs, S* dx, const Parallel& parallel)
+      : side_(side),
+        tiling_(tiling),
+        taps_(runs.taps),
+        stride_(row_stride(tiling)),
+        workers_(worth_waking(parallel, (side.nnz + side.rows) * tiling.batch)),
+        together_(rows_at_once(side, stride_ * static_cast<int64_t>(sizeof(T)), workers_)),
+        groups_(ceil_div(side.rows, together_)),
+        cut_(groups_ * taps_ * stride_),
+        fold_(s, tiling, runs, dx, workers_) {}
+
+  void run(const T* values, const PackedTiles<S>& dy, const Parallel& parallel) const {
+    Scratch<T> rows(together_ * stride_ * workers_);
+    share(parallel, workers_, groups_, [&](int worker, int64_t g) {
+      group(g, values, dy, rows.get() + worker * together_ * stride_, worker);
     });
-    fold.channels(columns, folded, r1 / runs.taps, parallel);
-    folded = r1 / runs.taps;
-    // The next channel may begin with the last rows of these.
-    for (int64_t r = folded * runs.taps; r < r1; r++)
-      __builtin_memcpy(columns.row(r - together), columns.row(r), sizeof(T) * stride);
+    share(parallel, workers_, groups_ - 1, [&](int worker, int64_t g) {
+      const int64_t c = (g + 1) * together_ / taps_;
+      if (group_of(c) == g && c * taps_ < (g + 1) * together_)
+        fold_.channel(rows_of_cut(c), c, worker);
+    });
   }
-}
+
+ private:
+  // The group with the channel's first row.
+  int64_t group_of(int64_t channel) const { return channel * taps_ / together_; }
+  ColumnsOut<S> rows_of_cut(int64_t channel) const {
+    return {cut_.get() + group_of(channel) * taps_ * stride_, stride_, channel * taps_};
+  }
+  void group(int64_t g, const T* values, const PackedTiles<S>& dy, T* rows, int worker) const {
+    const int64_t r0 = g * together_, r1 = least(r0 + together_, side_.rows);
+    const ColumnsOut<S> columns{rows, stride_, r0};
+    const Product<S, ColumnsOut<S>> product{side_, tiling_, values, nullptr, columns};
+    for (int64_t t = 0; t < tiling_.count; t++)
+      product.rows(t, dy.tile(tiling_, t), r0, r1, nullptr);
+    const int64_t c0 = ceil_div(r0, taps_), c1 = most(c0, r1 / taps_);
+    for (int64_t c = c0; c < c1; c++) fold_.channel(columns, c, worker);
+    keep(columns, r0, least(c0 * taps_, r1));
+    keep(columns, c1 * taps_, r1);
+  }
+  // Of rows [begin, end), which belong to one channel.
+  void keep(const ColumnsOut<S>& columns, int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    const ColumnsOut<S> to = rows_of_cut(begin / taps_);
+    for (int64_t r = begin; r < end; r++)
+      __builtin_memcpy(to.row(r), columns.row(r), sizeof(T) * tiling_.count * tiling_.lanes);
+  }
+
+  const Side& side_;
+  const Tiling<T>& tiling_;
+  const int64_t taps_, stride_;
+  const int workers_;
+  const int64_t together_, groups_;
+  Scratch<T> cut_;  // rows of a channel that begins in a group and does not end there
+  const Fold<S> fold_;
+};
 
 }  // namespace
 }  // namespace sparsetrain

@@ -2,86 +2,26 @@
 // right before its use, so that it is still in L2.
 #pragma once
 
-#include <type_traits>
-
 #include "few-inl.h"
 #include "kernels.h"
-#include "pack-inl.h"
 #include "parallel-inl.h"
 #include "plan.h"
 #include "sddmm-inl.h"
 #include "simd-inl.h"
 #include "spmm-inl.h"
+#include "tiles-inl.h"
 #include "transposed_values-inl.h"
 
 namespace sparsetrain {
 namespace {
 
-// Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass. Large, since the tile
-// of x streams by once for each chunk of rows: 768 rows rather than 128 were 1.05-1.2 times faster.
-constexpr int64_t kChunkBytes = 192 << 10;
 // Samples whose gradients of the values are summed apart, so that workers need not share: as few
 // as make adding the sums up cheap (1 of about 128 loads of a nonzero), and groups at most.
 constexpr int64_t kGroupSamples = 256;
 constexpr int64_t kMostGroups = 8;
-// Columns of a long row that are packed at a time, so that what is written stays in L1 until its
-// lines are full. Only where streams may be short (is_intel).
-constexpr int64_t kPackedColumns = 192;
 // Outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-// Wide tiles from 15 % on: 1.03-1.05 times faster at 80 %, 0.97 at 90 %.
-constexpr TileRule kTiles = {4, 8, 0.15, 192, 96, 7.5, SPARSETRAIN_VECTOR_BYTES};
-#else
-// 8 vectors of 256 bits instead of 4: forward at 80 / 90 / 95 % 1.15 / 1.10 / 0.97 times as fast,
-// backward 1.04 / 1.04 / 0.93. 18 nonzeros in a row of a block instead of 7.5: 95 %, 1.15-1.3.
-constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18, SPARSETRAIN_VECTOR_BYTES};
-#endif
-
-// How `batch` samples fall into tiles: full ones, and a last one of fewer vectors.
-template <class T>
-struct Tiling {
-  Tiling(int64_t batch, bool wide)
-      : batch(batch),
-        lanes((wide ? kTiles.wide : kTiles.narrow) * kLanes<T>),
-        count(ceil_div(batch, lanes)),
-        chunk_rows(kChunkBytes / (lanes * static_cast<int64_t>(sizeof(T))) / kMostUnit *
-                   kMostUnit) {
-    static_assert(kChunkBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) >= kMostUnit, "");
-  }
-  int samples(int64_t t) const {
-    const int64_t left = batch - first(t);
-    return static_cast<int>(left < lanes ? left : lanes);
-  }
-  int vectors(int64_t t) const { return static_cast<int>(ceil_div(samples(t), kLanes<T>)); }
-  int64_t first(int64_t t) const { return t * lanes; }
-  int64_t batch, lanes, count, chunk_rows;
-};
-
-// f(NV) with the smallest compiled tile of at least nv vectors.
-template <class F>
-ST_INLINE void with_vectors(int nv, const F& f) {
-  if (nv > 6) return f(std::integral_constant<int, 8>{});
-  if (nv > 4) return f(std::integral_constant<int, 6>{});
-  if (nv == 4) return f(std::integral_constant<int, 4>{});
-  if (nv == 3) return f(std::integral_constant<int, 3>{});
-  if (nv == 2) return f(std::integral_constant<int, 2>{});
-  return f(std::integral_constant<int, 1>{});
-}
-// The widest compiled tile of at most nv vectors.
-ST_INLINE int tile_at_most(int nv) {
-  if (nv >= 8 && kWideTile == 8) return 8;
-  if (nv >= 6 && kWideTile == 8) return 6;
-  return nv < 4 ? nv : 4;
-}
-// Samples that such a tile has room for.
-template <class T>
-ST_INLINE int64_t tile_lanes(int nv) {
-  int64_t lanes = 0;
-  with_vectors(nv, [&](auto n) { lanes = decltype(n)::value * kLanes<T>; });
-  return lanes;
-}
 template <class F>
 ST_INLINE void with_index(const Side& side, const F& f) {
   if (side.index16) return f(static_cast<const uint16_t*>(side.index16.get()));
@@ -102,51 +42,6 @@ template <class F>
 ST_INLINE void for_units(const Side& side, int64_t r0, int64_t r1, const F& f) {
   const int64_t rows = side.sweeps.unit;
   for (int64_t unit = r0 / rows; unit * rows < r1; unit++) f(unit, unit * rows);
-}
-
-// Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
-template <class S>
-void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, int64_t c1,
-          Sum<S>* tile) {
-  const S* from = static_cast<const S*>(m.data) + tiling.first(t) * m.row_stride;
-  const int64_t piece = is_intel() ? kPackedColumns : c1 - c0;
-  with_vectors(tiling.vectors(t), [&](auto n) {
-    constexpr int NV = decltype(n)::value;
-    for (int64_t c = c0; c < c1; c += piece)
-      pack_tile<S, NV>(from + c, m.row_stride, tiling.samples(t), least(piece, c1 - c),
-                       tile + c * NV * kLanes<Sum<S>>);
-  });
-}
-
-// Tiles that are packed already, one after the other, with all of their `cols` columns.
-template <class S>
-struct PackedTiles {
-  const Sum<S>* data;
-  int64_t cols;
-
-  const Sum<S>* tile(const Tiling<Sum<S>>& tiling, int64_t t) const {
-    return data + cols * tiling.first(t);
-  }
-};
-// Tile t with columns [c0, c1) packed, into `scratch` unless it is packed already.
-template <class S, class X>
-ST_INLINE const Sum<S>* packed_tile(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, int64_t c0,
-                                    int64_t c1, Sum<S>* scratch) {
-  if constexpr (std::is_same<X, PackedTiles<S>>::value) {
-    return x.tile(tiling, t);
-  } else {
-    pack<S>(tiling, x, t, c0, c1, scratch);
-    return scratch;
-  }
-}
-
-// Packs block b of tile t at the beginning of `scratch`, which then stays in L1 or L2.
-template <class S, class X>
-ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, const Side& side,
-                          int64_t b, Sum<S>* scratch) {
-  const int64_t first = side.first_column(b);
-  const int64_t begin = first * tile_lanes<Sum<S>>(tiling.vectors(t));
-  pack<S>(tiling, x, t, first, side.first_column(b + 1), scratch - begin);
 }
 
 // Where results of a tile are made, a row of them for each feature, `stride` elements apart.
@@ -188,10 +83,11 @@ struct Product {
   const T* bias;  // side.rows, or null
   Out y;          // batch x side.rows
 
-  // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
+  // y[.., begin:end] of tile t, from the packed tile. chunk: most_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
-    for (int64_t r = begin; r < end; r += tiling.chunk_rows)
-      chunk_of_rows(t, r, least(r + tiling.chunk_rows, end), chunk, [&](int64_t b) {
+    const int64_t step = tiling.chunk_rows(end - begin);
+    for (int64_t r = begin; r < end; r += step)
+      chunk_of_rows(t, r, least(r + step, end), chunk, [&](int64_t b) {
         return tile + side.first_column(b) * tile_lanes<T>(tiling.vectors(t));
       });
   }
@@ -199,7 +95,7 @@ struct Product {
   // tile: side.cols x lanes of scratch.
   template <class X>
   void all(int64_t t, const X& x, T* tile, T* chunk) const {
-    if (side.rows > tiling.chunk_rows) {
+    if (side.rows > tiling.most_rows) {
       pack<S>(tiling, x, t, 0, side.cols, tile);
       return rows(t, tile, 0, side.rows, chunk);
     }
@@ -257,26 +153,28 @@ void spmm(const Product<S, Out>& product, const X& x, const Parallel& parallel) 
   const Side& side = product.side;
   const Tiling<T>& tiling = product.tiling;
   if (!tiling.count || !side.rows) return;
-  const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.chunk_rows * tiling.lanes;
   const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
+  const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.most_rows * tiling.lanes;
   Scratch<T> tiles(tile_size * workers), chunks(chunk_size * workers);
   auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
   auto chunk = [&](int worker) { return chunks.get() + worker * chunk_size; };
 
-  if (shared_evenly(tiling.count, workers)) {
+  if (tiling.shared_evenly(workers)) {
     share(parallel, workers, tiling.count,
           [&](int worker, int64_t t) { product.all(t, x, tile(worker), chunk(worker)); });
     return;
   }
-  // Few tiles: each is cut into as many parts of its rows as there are workers, and every worker
-  // takes as many parts in a row. Two may pack the same tile: cheaper than to wait for each other
-  // and to read what another core has written.
+  // Few tiles: each worker takes as many vectors of samples in a row, of its first and last tile a
+  // part of the rows. Two may pack the same tile: cheaper than to wait for each other and to read
+  // what another core has written.
   share(parallel, workers, workers, [&](int worker, int64_t share) {
-    int64_t packed = -1;
-    for (int64_t i = share * tiling.count; i < (share + 1) * tiling.count; i++) {
-      const int64_t t = i / workers, p = i % workers;
-      if (t != packed) pack<S>(tiling, x, packed = t, 0, side.cols, tile(worker));
-      product.rows(t, tile(worker), part_begin(side, p, workers), part_begin(side, p + 1, workers),
+    const int64_t all = ceil_div(tiling.batch, kLanes<T>);
+    for (int64_t t = 0, first = 0; t < tiling.count; first += tiling.vectors(t++) * workers) {
+      const int64_t parts = tiling.vectors(t) * workers;
+      const int64_t p0 = most(all * share - first, 0), p1 = least(all * (share + 1) - first, parts);
+      if (p0 >= p1) continue;
+      pack<S>(tiling, x, t, 0, side.cols, tile(worker));
+      product.rows(t, tile(worker), part_begin(side, p0, parts), part_begin(side, p1, parts),
                    chunk(worker));
     }
   });
@@ -297,17 +195,19 @@ struct Gradient {
   template <class X>
   void rows(int64_t t, const T* dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
             T* bias) const {
-    const bool once = end - begin <= tiling.chunk_rows;
-    if (!once) pack<S>(tiling, x, t, 0, side.cols, x_tile);
-    for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
-      const int64_t rows = least(tiling.chunk_rows, end - r);
+    const bool once = !is_packed<S, X> && end - begin <= tiling.most_rows;
+    const T* all = once ? x_tile : packed_tile<S>(tiling, x, t, 0, side.cols, x_tile);
+    const int64_t step = tiling.chunk_rows(end - begin);
+    for (int64_t r = begin; r < end; r += step) {
+      const int64_t rows = least(step, end - r);
       with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
         constexpr int NV = decltype(n)::value;
         constexpr int64_t width = NV * kLanes<T>;
         if (bias) sum_rows<T, NV>(dy + r * width, rows, bias + r);
         for (int64_t b = 0; b < side.blocks; b++) {
-          if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
-          const T* operand = once ? x_tile : x_tile + side.first_column(b) * width;
+          if constexpr (!is_packed<S, X>)
+            if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
+          const T* operand = once ? x_tile : all + side.first_column(b) * width;
           for_units(side, r, r + rows, [&](int64_t unit, int64_t first) {
             sddmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(),
                                                        operand, dy + first * width, width, values);
@@ -320,14 +220,28 @@ struct Gradient {
 
 // How the sums of the backward pass are cut. Tiles of samples fall into groups; a group's sums are
 // made apart and added to the others in order, so that workers share nothing, and the result is the
-// same whoever does what. So the number of groups must not depend on the workers.
+// same whoever does what. So the number of groups must not depend on the workers; only one group
+// may as well be as many as it has tiles, since the sums of a tile are added in order in any case.
 struct Grouping {
-  int64_t groups, parts;  // parts of the rows, where there are more workers than groups
+  int64_t groups = 1, parts;  // parts of the rows, where there are more workers than groups
 
-  Grouping(int64_t batch, int64_t tiles, int workers) : groups(1) {
-    while (groups < kMostGroups && groups * 2 <= tiles && batch >= groups * 2 * kGroupSamples)
+  template <class T>
+  Grouping(const Side& side, const Tiling<T>& tiling, int workers) {
+    while (groups < kMostGroups && groups * 2 <= tiling.count &&
+           tiling.batch >= groups * 2 * kGroupSamples)
       groups *= 2;
+    if (groups == 1 && add_up_fast(side, tiling, workers)) groups = tiling.count;
     parts = ceil_div(workers, groups);
+  }
+
+ private:
+  // Whether workers with a tile each add up the sums of a tile sooner than workers with a part of
+  // the rows each would pack all of the columns. Another core's sums are read: they must be few.
+  template <class T>
+  static bool add_up_fast(const Side& side, const Tiling<T>& tiling, int workers) {
+    const int64_t bytes = 2 * side.nnz * static_cast<int64_t>(sizeof(T));
+    return workers > 1 && tiling.count <= workers && tiling.shared_evenly(workers) &&
+           5 * side.nnz <= 4 * side.cols * tiling.lanes && bytes <= cache_bytes(2) / 2;
   }
 };
 
@@ -346,10 +260,11 @@ struct Backward {
     const Tiling<T>& tiling = gradient.tiling;
     if (!tiling.count) return clear(gradient.dvalues, gradient.dbias, 0, side.rows);
     const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
-    const Grouping cut(tiling.batch, tiling.count, workers);
+    const Grouping cut(side, tiling, workers);
     const bool apart = cut.groups > 1;
-    const int64_t x_size = side.cols * tiling.lanes, dy_size = side.rows * tiling.lanes;
-    const int64_t chunk_size = product ? tiling.chunk_rows * tiling.lanes : 0;
+    const int64_t x_size = is_packed<S, X> ? 0 : side.cols * tiling.lanes;
+    const int64_t dy_size = is_packed<S, Dy> ? 0 : side.rows * tiling.lanes;
+    const int64_t chunk_size = product ? tiling.most_rows * tiling.lanes : 0;
     Scratch<T> x_tiles(x_size * workers), dy_tiles(dy_size * workers), chunks(chunk_size * workers);
     Scratch<T> values(apart ? side.nnz * workers : 0), bias(apart ? side.rows * workers : 0);
     OneByOne order(cut.parts);
