@@ -190,27 +190,29 @@ struct Gradient {
   T* dbias;    // side.rows, or null
 
   // Adds tile t's share for rows [begin, end) to `values` (nnz, in the order of the side) and
-  // `bias` (side.rows). dy: the packed tile; x_tile: side.cols x lanes of scratch. Blocks of x are
-  // packed right before their only use, where there is one.
-  template <class X>
-  void rows(int64_t t, const T* dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
+  // `bias` (side.rows, or null). dy(r, end): rows from r on of the packed tile. x_tile: side.cols x
+  // lanes of scratch. Blocks of x are packed right before their only use, where there is one.
+  template <class Dy, class X>
+  void rows(int64_t t, const Dy& dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
             T* bias) const {
     const bool once = !is_packed<S, X> && end - begin <= tiling.most_rows;
     const T* all = once ? x_tile : packed_tile<S>(tiling, x, t, 0, side.cols, x_tile);
     const int64_t step = tiling.chunk_rows(end - begin);
     for (int64_t r = begin; r < end; r += step) {
       const int64_t rows = least(step, end - r);
+      const T* dy_rows = dy(r, r + rows);
       with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
         constexpr int NV = decltype(n)::value;
         constexpr int64_t width = NV * kLanes<T>;
-        if (bias) sum_rows<T, NV>(dy + r * width, rows, bias + r);
+        if (bias) sum_rows<T, NV>(dy_rows, rows, bias + r);
         for (int64_t b = 0; b < side.blocks; b++) {
           if constexpr (!is_packed<S, X>)
             if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
           const T* operand = once ? x_tile : all + side.first_column(b) * width;
           for_units(side, r, r + rows, [&](int64_t unit, int64_t first) {
             sddmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(),
-                                                       operand, dy + first * width, width, values);
+                                                       operand, dy_rows + (first - r) * width,
+                                                       width, values);
           });
         }
       });
@@ -267,19 +269,27 @@ struct Backward {
     const int64_t chunk_size = product ? tiling.most_rows * tiling.lanes : 0;
     Scratch<T> x_tiles(x_size * workers), dy_tiles(dy_size * workers), chunks(chunk_size * workers);
     Scratch<T> values(apart ? side.nnz * workers : 0), bias(apart ? side.rows * workers : 0);
+    Scratch<T> sums(gradient.dbias ? side.rows * workers : 0);
     OneByOne order(cut.parts);
     share(parallel, workers, cut.groups * cut.parts, [&](int worker, int64_t i) {
       const int64_t g = i / cut.parts, p = i % cut.parts;
-      const int64_t r0 = part_begin(side, p, cut.parts), r1 = part_begin(side, p + 1, cut.parts);
-      T* dvalues = g ? values.get() + worker * side.nnz : gradient.dvalues;
-      T* dbias = !gradient.dbias ? nullptr : g ? bias.get() + worker * side.rows : gradient.dbias;
-      clear(dvalues, dbias, r0, r1);
+      const Rows part{part_begin(side, p, cut.parts), part_begin(side, p + 1, cut.parts)};
+      Room room{x_tiles.get() + worker * x_size,
+                dy_tiles.get() + worker * dy_size,
+                chunks.get() + worker * chunk_size,
+                sums.get() + worker * side.rows,
+                gradient.dvalues,
+                gradient.dbias};
+      if (g) {
+        room.dvalues = values.get() + worker * side.nnz;
+        if (gradient.dbias) room.dbias = bias.get() + worker * side.rows;
+      }
+      clear(room.dvalues, room.dbias, part.begin, part.end);
       const int64_t end = tiling.count * (g + 1) / cut.groups;
       for (int64_t t = tiling.count * g / cut.groups; t < end; t++)
-        tile(t, dx_rows(t, p, cut), r0, r1, x_tiles.get() + worker * x_size,
-             dy_tiles.get() + worker * dy_size, chunks.get() + worker * chunk_size, dvalues, dbias);
+        tile(t, dx_rows(t, p, cut), part, room);
       order.wait(p, g);
-      if (g) add(dvalues, dbias, r0, r1);
+      if (g) add(room.dvalues, room.dbias, part.begin, part.end);
       order.done(p, g);
     });
   }
@@ -287,6 +297,10 @@ struct Backward {
  private:
   struct Rows {
     int64_t begin, end;
+  };
+  struct Room {  // of a worker
+    T *x, *dy, *chunk, *sums;
+    T *dvalues, *dbias;  // dbias may be null
   };
   // Rows of dx of tile t that part p makes: all of every parts-th tile, or its part of each.
   Rows dx_rows(int64_t t, int64_t p, const Grouping& cut) const {
@@ -296,15 +310,40 @@ struct Backward {
       return {0, t % cut.parts == p ? all : 0};
     return {part_begin(product->side, p, cut.parts), part_begin(product->side, p + 1, cut.parts)};
   }
-  void tile(int64_t t, Rows dx, int64_t r0, int64_t r1, T* x_tile, T* dy_tile, T* chunk, T* dvalues,
-            T* dbias) const {
+  void tile(int64_t t, Rows dx, Rows part, const Room& room) const {
     const Side& side = gradient.side;
+    const int64_t width = tile_lanes<T>(gradient.tiling.vectors(t));
+    const T* packed = nullptr;
+    if (dx.begin < dx.end) {
+      packed = pack_dy(t, {0, part.begin}, room.dy, room, nullptr);
+      pack_dy(t, part, room.dy, room, room.dbias);
+      pack_dy(t, {part.end, side.rows}, room.dy, room, nullptr);
+      product->rows(t, packed, dx.begin, dx.end, room.chunk);
+    }
+    // x is packed only when it is needed: both tiles may not fit L2. So is dy, if only this needs
+    // it.
+    auto dy_rows = [&](int64_t r, int64_t end) {
+      if (packed) return packed + r * width;
+      return pack_dy(t, {r, end}, room.dy - r * width, room, room.dbias) + r * width;
+    };
+    gradient.rows(t, dy_rows, x, room.x, part.begin, part.end, room.dvalues,
+                  kSumsWhilePacked ? nullptr : room.dbias);
+  }
+  static constexpr bool kSumsWhilePacked = std::is_same<Dy, Matrix>::value;
+  // Packs those rows of dy's tile t at `tile`, where all are if they are packed already: says
+  // where. Their sums are added to dbias, if packing makes them.
+  const T* pack_dy(int64_t t, Rows rows, T* tile, const Room& room, T* dbias) const {
     const Tiling<T>& tiling = gradient.tiling;
-    const bool some = dx.begin < dx.end;
-    const T* packed = packed_tile<S>(tiling, dy, t, some ? 0 : r0, some ? side.rows : r1, dy_tile);
-    if (some) product->rows(t, packed, dx.begin, dx.end, chunk);
-    // x is packed only when it is needed: both tiles may not fit L2
-    gradient.rows(t, packed, x, x_tile, r0, r1, dvalues, dbias);
+    if constexpr (!kSumsWhilePacked) {
+      return packed_tile<S>(tiling, dy, t, rows.begin, rows.end, tile);
+    } else {
+      if (!dbias) return pack<S>(tiling, dy, t, rows.begin, rows.end, tile), tile;
+      // A tile's sums are made apart, whether they are a group's only ones or not.
+      __builtin_memset(room.sums + rows.begin, 0, sizeof(T) * (rows.end - rows.begin));
+      pack<S>(tiling, dy, t, rows.begin, rows.end, tile, room.sums);
+      for (int64_t r = rows.begin; r < rows.end; r++) dbias[r] += room.sums[r];
+      return tile;
+    }
   }
   void clear(T* dvalues, T* dbias, int64_t r0, int64_t r1) const {
     const int32_t* begin = gradient.side.row_begin;

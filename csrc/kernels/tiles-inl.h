@@ -86,17 +86,19 @@ ST_INLINE int64_t tile_lanes(int nv) {
   with_vectors(nv, [&](auto n) { lanes = decltype(n)::value * kLanes<T>; });
   return lanes;
 }
-// Columns [c0, c1) of tile t of m. tile: m.cols x lanes.
+
+// Columns [c0, c1) of tile t of m. tile: m.cols x lanes. sums: of each of m.cols, to be added to;
+// or null.
 template <class S>
 void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, int64_t c1,
-          Sum<S>* tile) {
+          Sum<S>* tile, Sum<S>* sums = nullptr) {
   const S* from = static_cast<const S*>(m.data) + tiling.first(t) * m.row_stride;
   const int64_t piece = is_intel() ? kPackedColumns : c1 - c0;
   with_vectors(tiling.vectors(t), [&](auto n) {
     constexpr int NV = decltype(n)::value;
     for (int64_t c = c0; c < c1; c += piece)
       pack_tile<S, NV>(from + c, m.row_stride, tiling.samples(t), least(piece, c1 - c),
-                       tile + c * NV * kLanes<Sum<S>>);
+                       tile + c * NV * kLanes<Sum<S>>, sums ? sums + c : nullptr);
   });
 }
 
