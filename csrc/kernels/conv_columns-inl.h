@@ -23,9 +23,6 @@ struct Columns {
   const PixelRuns<Sum<S>>& runs;
 };
 
-template <class S>
-constexpr bool worth_sharing<Columns<S>> = true;
-
 // A column of tile t by shifted runs. planes: of its channel.
 template <class S>
 ST_INLINE void pack_shifted(const Columns<S>& x, const S* planes, int64_t t, int64_t tap,
@@ -126,6 +123,20 @@ void columns_forward(const ConvForward& a) {
   spmm(Product<S, PlanesOut<S>>{side, tiling, values.get(), bias.get(), y}, x, a.parallel);
 }
 
+// All tiles of dy.
+template <class S>
+void pack_all(const Tiling<Sum<S>>& tiling, const Columns<S>& dy, Sum<S>* tiles,
+              const Parallel& parallel) {
+  constexpr int64_t channels = 16;
+  const int64_t parts = ceil_div(dy.channels, channels);
+  const int workers = worth_waking(parallel, dy.channels * tiling.batch / 8);
+  share(parallel, workers, tiling.count * parts, [&](int, int64_t i) {
+    const int64_t t = i / parts, c = i % parts * channels;
+    pack<S>(tiling, dy, t, c, least(c + channels, dy.channels),
+            tiles + dy.channels * tiling.first(t));
+  });
+}
+
 // dbias only together with dvalues.
 template <class S>
 void columns_backward(const ConvBackward& a) {
@@ -144,9 +155,9 @@ void columns_backward(const ConvBackward& a) {
                 a.parallel);
   };
   if (!a.dx) return take_dvalues(dy);
-  const PackedWhole<S, Columns<S>> whole(tiling, dy, s.out_channels);
-  whole.pack_all(a.parallel, worth_waking(a.parallel, s.out_channels * tiling.batch / 8));
-  const PackedTiles<S> packed = whole.tiles();
+  Scratch<T> tiles(s.out_channels * tiling.count * tiling.lanes);
+  pack_all(tiling, dy, tiles.get(), a.parallel);
+  const PackedTiles<S> packed{tiles.get(), s.out_channels};
   {
     const Side& transposed = a.plan->transposed(kTiles);
     Scratch<T> values(side.nnz);

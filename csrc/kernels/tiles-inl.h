@@ -136,44 +136,5 @@ ST_INLINE void pack_block(const Tiling<Sum<S>>& tiling, const X& x, int64_t t, c
   pack<S>(tiling, x, t, first, side.first_column(b + 1), scratch - begin);
 }
 
-// Whether tiles of X that several workers need are packed once, rather than by each: that costs to
-// wait for each other, and to read what another core has written.
-template <class X>
-constexpr bool worth_sharing = false;
-
-// All tiles of x, packed by all workers.
-template <class S, class X>
-class PackedWhole {
- public:
-  PackedWhole(const Tiling<Sum<S>>& tiling, const X& x, int64_t cols)
-      : tiling_(tiling),
-        x_(x),
-        cols_(cols),
-        parts_(is_packed<S, X> ? 0 : ceil_div(cols, kPackedColumns)),
-        tiles_(parts_ ? cols * tiling.count * tiling.lanes : 0) {}
-  // In any order; to be packed before `tiles` are read. None if x is packed already.
-  int64_t pieces() const { return tiling_.count * parts_; }
-  void pack_piece(int64_t i) const {
-    if constexpr (!is_packed<S, X>) {
-      const int64_t t = i / parts_, c = i % parts_ * kPackedColumns;
-      pack<S>(tiling_, x_, t, c, least(c + kPackedColumns, cols_),
-              tiles_.get() + cols_ * tiling_.first(t));
-    }
-  }
-  void pack_all(const Parallel& parallel, int workers) const {
-    share(parallel, workers, pieces(), [&](int, int64_t i) { pack_piece(i); });
-  }
-  PackedTiles<S> tiles() const {
-    if constexpr (is_packed<S, X>) return x_;
-    return {tiles_.get(), cols_};
-  }
-
- private:
-  const Tiling<Sum<S>>& tiling_;
-  const X& x_;
-  const int64_t cols_, parts_;
-  Scratch<Sum<S>> tiles_;
-};
-
 }  // namespace
 }  // namespace sparsetrain
