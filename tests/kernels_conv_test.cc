@@ -177,7 +177,7 @@ void test_conv(const TestPattern& pattern, const Plan* plan, const ConvShape& s,
   const double density = static_cast<double>(p.nnz) / static_cast<double>(p.rows * p.cols);
   if (count_products(s, density) > 400000) parallels = {kReversed, kPair, kThreaded};
   for (int64_t lanes : {4, 8, 16})  // without sharing: as a linear layer of the unfolded input
-    ways.few_pixels += samples_are_pixels(*plan, s, {lanes, 4, 4, 8});
+    ways.few_pixels += samples_are_pixels(p.nnz, s, {lanes, 4, 4, 8});
   const std::string name = name_of(s) + " nonzeros " + std::to_string(p.nnz);
   for (const KernelTable* const* t = kKernelTables; *t; t++)
     if ((*t)->supported()) test_table({*t, dtype, kind, name}, plan, s, arrays, results, parallels);

@@ -613,6 +613,31 @@ def test_the_documented_choice_for_batches_that_fill_vectors_in_part(
 
 
 @pytest.mark.parametrize(
+    ("shape", "groups", "density", "lanes", "unfolds"),
+    [
+        ((1, 256, 14, 14), 1, 0.1, 16, True),  # rows of 14 pixels fill 14 of 16 lanes
+        ((1, 64, 68, 68), 1, 0.5, 16, False),  # more than 4096 pixels
+        ((1, 64, 56, 56), 1, 0.01, 16, False),  # too few nonzeros to pay for moving pixels
+        ((32, 256, 14, 14), 1, 0.1, 16, False),  # lanes are samples
+        ((1, 256, 14, 14), 2, 0.1, 16, False),
+        ((0, 256, 14, 14), 1, 0.1, 16, False),
+    ],
+)
+def test_the_kernels_say_what_they_unfold(
+    shape: tuple[int, ...], groups: int, density: float, lanes: int, unfolds: bool
+) -> None:
+    nnz = int(density * shape[1] ** 2 * 9 / groups)
+    window = ((3, 3), (1, 1), (1, 1), (1, 1), groups)
+    assert torch.ops.sparsetrain.conv_unfolds(shape, shape[1], nnz, *window, lanes) == unfolds
+
+
+def test_unfolding_needs_a_vector() -> None:
+    window = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    with pytest.raises(RuntimeError, match="lanes must be at least 1, got 0"):
+        torch.ops.sparsetrain.conv_unfolds((1, 8, 4, 4), 8, 8, *window, 0)
+
+
+@pytest.mark.parametrize(
     ("kernel", "stride", "density", "families"),
     [
         (3, 1, 0.57, ["native", "dense", "native"]),

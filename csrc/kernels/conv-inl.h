@@ -327,7 +327,8 @@ template <class S>
 void conv_forward(const ConvForward& a) {
   typedef Sum<S> T;
   if (!a.shape.batch) return;
-  if (samples_are_pixels(*a.plan, a.shape, conv_vectors<T>())) return columns_forward<S>(a);
+  if (samples_are_pixels(a.plan->pattern().nnz, a.shape, conv_vectors<T>()))
+    return columns_forward<S>(a);
   const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
   const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
   if (s->samples) {
@@ -416,7 +417,8 @@ void conv_backward(const ConvBackward& a) {
     if (a.dbias) __builtin_memset(a.dbias, 0, sizeof(S) * shape.out_channels);
     return;
   }
-  if (samples_are_pixels(*a.plan, shape, conv_vectors<T>())) return columns_backward<S>(a);
+  if (samples_are_pixels(a.plan->pattern().nnz, shape, conv_vectors<T>()))
+    return columns_backward<S>(a);
   if (lanes_are_samples(shape, conv_vectors<T>())) {
     if (a.dbias)
       sum_planes(shape, static_cast<const S*>(a.dy), static_cast<S*>(a.dbias), a.parallel);

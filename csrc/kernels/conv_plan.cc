@@ -464,7 +464,7 @@ static ColumnCost column_cost(const ConvShape& s, const ConvVectors& v, double n
           vectors * (nonzeros + (moves_vectors(s, v) ? 6 : 12))};
 }
 
-bool samples_are_pixels(const Plan& plan, const ConvShape& s, const ConvVectors& v) {
+bool samples_are_pixels(int64_t nnz, const ConvShape& s, const ConvVectors& v) {
   // What is folded at a time, some hundred columns of all pixels, is no more than a few megabytes.
   constexpr int64_t kMostPixels = 4096;
   // 1 x 1 kernels leave nothing to fold: with 1568 pixels copying takes 1.05-1.5 times as long.
@@ -474,9 +474,9 @@ bool samples_are_pixels(const Plan& plan, const ConvShape& s, const ConvVectors&
   if (s.kernel[0] * s.kernel[1] == 1 && pixels > std::min(2 * s.out_channels, kMost1x1Pixels))
     return false;
   if (lanes_are_samples(s, v)) return false;
-  const Pattern& p = plan.pattern();
+  const int64_t columns = s.in_channels * s.kernel[0] * s.kernel[1];
   const ColumnCost cost =
-      column_cost(s, v, static_cast<double>(p.nnz) / static_cast<double>(p.cols));
+      column_cost(s, v, static_cast<double>(nnz) / static_cast<double>(columns));
   return cost.unfolded <= cost.in_rows;
 }
 

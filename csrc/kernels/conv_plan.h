@@ -117,7 +117,7 @@ struct SampleTables {
 
 // Whether this is computed as a linear layer of the unfolded input (conv_columns-inl.h): the same
 // for all directions and thread counts.
-bool samples_are_pixels(const Plan& plan, const ConvShape& shape, const ConvVectors& vectors);
+bool samples_are_pixels(int64_t nnz, const ConvShape& shape, const ConvVectors& vectors);
 // Whether lanes are samples: the same for all directions, sparsities and thread counts.
 bool lanes_are_samples(const ConvShape& shape, const ConvVectors& vectors);
 

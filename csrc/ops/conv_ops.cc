@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "conv_plan.h"
 
 namespace sparsetrain {
 namespace {
@@ -184,6 +185,16 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Ten
   return {dx, dvalues, dbias};
 }
 
+// Whether kernels whose vectors have so many float32 lanes compute a convolution as the linear
+// layer of the unfolded input.
+bool conv_unfolds(Sizes input_size, int64_t out_channels, int64_t nnz, Sizes kernel, Sizes stride,
+                  Sizes padding, Sizes dilation, int64_t groups, int64_t lanes) {
+  const Settings settings{"conv_unfolds", kernel, stride, padding, dilation, groups};
+  require(lanes >= 1, settings.op, "lanes must be at least 1, got ", lanes);
+  const ConvVectors vectors{lanes, sizeof(float), 0, 0};
+  return samples_are_pixels(nnz, settings.shape(input_size, out_channels), vectors);
+}
+
 }  // namespace
 }  // namespace sparsetrain
 
@@ -198,6 +209,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsetrain, m) {
         ", bool bias) -> (Tensor, Tensor)");
   m.def("conv2d_backward(Tensor grad, Tensor x, Tensor values, " ST_PATTERN ST_SETTINGS
         ", bool bias) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_unfolds(int[] input_size, int out_channels, int nnz, " ST_SETTINGS
+        ", int lanes) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
@@ -205,4 +218,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
   m.impl("conv2d_grad_input", TORCH_BOX(&sparsetrain::conv2d_grad_input));
   m.impl("conv2d_grad_values", TORCH_BOX(&sparsetrain::conv2d_grad_values));
   m.impl("conv2d_backward", TORCH_BOX(&sparsetrain::conv2d_backward));
+}
+
+// No tensor argument, hence no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CompositeExplicitAutograd, m) {
+  m.impl("conv_unfolds", TORCH_BOX(&sparsetrain::conv_unfolds));
 }

@@ -58,7 +58,6 @@ _DEPTHWISE = Choice(
 )
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
-_UNFOLDED_PIXELS, _UNFOLDED_1X1_PIXELS = 4096, 1024  # at most
 
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
 # ResNet at batches 1, 8 and 32 with one thread of CPUs with AVX2 (Zen 3) and AVX-512 (Zen 4, and
@@ -162,15 +161,13 @@ def _float32_break_even(
 
 def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bool) -> float:
     """0 where the native product is not by the kernels of linear layers."""
+    if not _unfolds(problem):
+        return 0.0
     pixels = _output_pixels(problem)
     if pointwise:
-        if problem.groups > 1 or pixels > min(2 * problem.out_channels, _UNFOLDED_1X1_PIXELS):
-            return 0.0
         if pixels < _PIXELS:
             return _FEW_PIXELS_1X1[direction]
         return _COLUMNS_1X1[direction] if problem.out_channels >= _COLUMNS_CHANNELS else 0.0
-    if not _unfolds(problem):
-        return 0.0
     if pixels < _PIXELS:
         return _FEW_PIXELS[direction]
     if direction == "grad_input" and math.prod(problem.stride) > 1:
@@ -179,29 +176,22 @@ def _break_even_of_columns(direction: Direction, problem: Problem, pointwise: bo
 
 
 def _unfolds(problem: Problem) -> bool:
-    """Whether the native kernels take a batch that does not fill vectors, and a kernel above 1 x 1,
-    as a linear layer of the unfolded input (by samples_are_pixels in csrc/kernels/conv_plan.cc)."""
-    batch, channels, *size = problem.input_shape
-    if problem.groups > 1 or len(size) != 2:
+    """Whether the native kernels take it as a linear layer of the unfolded input
+    (samples_are_pixels in csrc/kernels/conv_plan.cc)."""
+    if len(problem.kernel_size) != 2:
         return False
-    height, width = output_size(
-        size, problem.kernel_size, problem.stride, problem.padding, problem.dilation
+    unfolds: bool = torch.ops.sparsetrain.conv_unfolds(
+        problem.input_shape,
+        problem.out_channels,
+        problem.nnz,
+        problem.kernel_size,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        problem.groups,
+        _LANES,
     )
-    vectors = math.ceil(batch * height * width / _LANES)
-    rows = min(
-        (
-            math.ceil(batch / images) * height * math.ceil(images * width / _LANES)
-            for images in range(1, min(batch, 16) + 1)
-        ),
-        default=0,
-    )
-    taps = math.prod(problem.kernel_size)
-    in_column = problem.nnz / (channels * taps)
-    copies = problem.kernel_size[1] * problem.stride[0] / taps
-    moved = math.prod(problem.stride) == 1 and [height, width] == size and _LANES >= 8
-    in_rows = rows * (in_column + 1 + 4 * copies) + 8 * in_column
-    unfolded = vectors * (in_column + (6 if moved else 12))
-    return 0 < batch * height * width <= _UNFOLDED_PIXELS and unfolded <= in_rows
+    return unfolds
 
 
 def _halves_strided_pointwise(direction: Direction, problem: Problem) -> float:
