@@ -58,7 +58,6 @@ _DEPTHWISE = Choice(
 )
 _DENSE = Choice("dense", "above the density at which the library product is faster")
 
-
 # The density up to which the sparse kernels win. float32, by what was measured on the layers of
 # ResNet at batches 1, 8 and 32 with one thread of CPUs with AVX2 (Zen 3) and AVX-512 (Zen 4, and
 # with two threads), for batches that fill vectors or not, kernels above 1 x 1 or not.
