@@ -83,11 +83,10 @@ struct Product {
   const T* bias;  // side.rows, or null
   Out y;          // batch x side.rows
 
-  // y[.., begin:end] of tile t, from the packed tile. chunk: most_rows x lanes of scratch.
+  // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
-    const int64_t step = tiling.chunk_rows(end - begin);
-    for (int64_t r = begin; r < end; r += step)
-      chunk_of_rows(t, r, least(r + step, end), chunk, [&](int64_t b) {
+    for (int64_t r = begin; r < end; r += tiling.chunk_rows)
+      chunk_of_rows(t, r, least(r + tiling.chunk_rows, end), chunk, [&](int64_t b) {
         return tile + side.first_column(b) * tile_lanes<T>(tiling.vectors(t));
       });
   }
@@ -95,7 +94,7 @@ struct Product {
   // tile: side.cols x lanes of scratch.
   template <class X>
   void all(int64_t t, const X& x, T* tile, T* chunk) const {
-    if (side.rows > tiling.most_rows) {
+    if (side.rows > tiling.chunk_rows) {
       pack<S>(tiling, x, t, 0, side.cols, tile);
       return rows(t, tile, 0, side.rows, chunk);
     }
@@ -154,7 +153,7 @@ void spmm(const Product<S, Out>& product, const X& x, const Parallel& parallel) 
   const Tiling<T>& tiling = product.tiling;
   if (!tiling.count || !side.rows) return;
   const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
-  const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.most_rows * tiling.lanes;
+  const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.chunk_rows * tiling.lanes;
   Scratch<T> tiles(tile_size * workers), chunks(chunk_size * workers);
   auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
   auto chunk = [&](int worker) { return chunks.get() + worker * chunk_size; };
@@ -195,11 +194,10 @@ struct Gradient {
   template <class Dy, class X>
   void rows(int64_t t, const Dy& dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
             T* bias) const {
-    const bool once = !is_packed<S, X> && end - begin <= tiling.most_rows;
+    const bool once = !is_packed<S, X> && end - begin <= tiling.chunk_rows;
     const T* all = once ? x_tile : packed_tile<S>(tiling, x, t, 0, side.cols, x_tile);
-    const int64_t step = tiling.chunk_rows(end - begin);
-    for (int64_t r = begin; r < end; r += step) {
-      const int64_t rows = least(step, end - r);
+    for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
+      const int64_t rows = least(tiling.chunk_rows, end - r);
       const T* dy_rows = dy(r, r + rows);
       with_tile(side, tiling.vectors(t), [&](auto n, auto bytes) {
         constexpr int NV = decltype(n)::value;
@@ -266,7 +264,7 @@ struct Backward {
     const bool apart = cut.groups > 1;
     const int64_t x_size = is_packed<S, X> ? 0 : side.cols * tiling.lanes;
     const int64_t dy_size = is_packed<S, Dy> ? 0 : side.rows * tiling.lanes;
-    const int64_t chunk_size = product ? tiling.most_rows * tiling.lanes : 0;
+    const int64_t chunk_size = product ? tiling.chunk_rows * tiling.lanes : 0;
     Scratch<T> x_tiles(x_size * workers), dy_tiles(dy_size * workers), chunks(chunk_size * workers);
     Scratch<T> values(apart ? side.nnz * workers : 0), bias(apart ? side.rows * workers : 0);
     Scratch<T> sums(gradient.dbias ? side.rows * workers : 0);

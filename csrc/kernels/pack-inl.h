@@ -54,20 +54,20 @@ ST_INLINE void pack_square(const S* src, int64_t stride, int samples, int featur
 }
 
 // Bytes of a row that are asked for ahead of their use, into L2: the squares' shuffles leave too
-// few loads in flight. Packing 13-14 -> 18 GB/s, whole operators at 95 % 1.02-1.07; into L1: no
-// win.
+// few loads in flight. Packing from memory 13-14 -> 18 GB/s, whole operators at 95 % 1.01-1.1; into
+// L1: no win; from L2: 0.98-1.0.
 constexpr int64_t kPackAhead = 512;
 
 // src: `samples` rows of `features` values, row i at src + i * stride.
 // tile: features x NV * lanes, aligned to a vector, written in full.
-// sums: of each feature, added to; or null.
+// sums: of each feature, added to; or null. far: whether src is beyond L2.
 template <class S, int NV>
 void pack_tile(const S* src, int64_t stride, int samples, int64_t features, Sum<S>* tile,
-               Sum<S>* sums) {
+               Sum<S>* sums, bool far) {
   constexpr int w = kLanes<Sum<S>>;
   // Long runs along `lanes` rows: 10 GB/s; all rows of the tile side by side: 4 GB/s, since the
   // hardware prefetcher cannot follow 64 streams.
-  const bool ask = !is_intel();  // whose own prefetching finds these streams
+  const bool ask = far && !is_intel();  // whose own prefetching finds these streams
   for (int v = 0; v < NV; v++) {
     const S* from = src + v * w * stride;
     for (int64_t f = 0; f < features; f += w) {

@@ -12,11 +12,9 @@
 namespace sparsetrain {
 namespace {
 
-// Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass: as much as makes one
-// chunk of all rows, whose blocks of x are packed right before their use, else chunks of less.
-// Large, since the tile of x streams by once for each: 768 rows rather than 128 were 1.05-1.2 times
-// faster.
-constexpr int64_t kChunkBytes = 192 << 10, kCutBytes = 128 << 10;
+// Bytes of y's tile (or dy's) that stay in L2 while the column blocks pass. Large, since the tile
+// of x streams by once for each chunk of rows: 768 rows rather than 128 were 1.05-1.2 times faster.
+constexpr int64_t kChunkBytes = 192 << 10;
 // Columns of a long row that are packed at a time, so that what is written stays in L1 until its
 // lines are full. Only where streams may be short (is_intel).
 constexpr int64_t kPackedColumns = 192;
@@ -37,11 +35,10 @@ struct Tiling {
       : batch(batch),
         lanes((wide ? kTiles.wide : kTiles.narrow) * kLanes<T>),
         count(ceil_div(batch, lanes)),
-        most_rows(rows_of(kChunkBytes)) {
-    static_assert(kCutBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) >= kMostUnit, "");
+        chunk_rows(kChunkBytes / (lanes * static_cast<int64_t>(sizeof(T))) / kMostUnit *
+                   kMostUnit) {
+    static_assert(kChunkBytes / (kTiles.wide * SPARSETRAIN_VECTOR_BYTES) >= kMostUnit, "");
   }
-  // Of `rows` of results, those of a chunk; whole units, or all.
-  int64_t chunk_rows(int64_t rows) const { return rows <= most_rows ? rows : rows_of(kCutBytes); }
   int samples(int64_t t) const {
     const int64_t left = batch - first(t);
     return static_cast<int>(left < lanes ? left : lanes);
@@ -54,13 +51,7 @@ struct Tiling {
     const int64_t longest = full % workers ? (rounds + 1) * lanes : rounds * lanes + last;
     return workers == 1 || longest * workers <= batch + batch / 8;
   }
-  int64_t batch, lanes, count;
-  int64_t most_rows;  // of a chunk
-
- private:
-  int64_t rows_of(int64_t bytes) const {
-    return bytes / (lanes * static_cast<int64_t>(sizeof(T))) / kMostUnit * kMostUnit;
-  }
+  int64_t batch, lanes, count, chunk_rows;
 };
 
 // f(NV) with the smallest compiled tile of at least nv vectors.
@@ -94,11 +85,12 @@ void pack(const Tiling<Sum<S>>& tiling, const Matrix& m, int64_t t, int64_t c0, 
           Sum<S>* tile, Sum<S>* sums = nullptr) {
   const S* from = static_cast<const S*>(m.data) + tiling.first(t) * m.row_stride;
   const int64_t piece = is_intel() ? kPackedColumns : c1 - c0;
+  const bool far = m.rows * m.row_stride * static_cast<int64_t>(sizeof(S)) > cache_bytes(2);
   with_vectors(tiling.vectors(t), [&](auto n) {
     constexpr int NV = decltype(n)::value;
     for (int64_t c = c0; c < c1; c += piece)
       pack_tile<S, NV>(from + c, m.row_stride, tiling.samples(t), least(piece, c1 - c),
-                       tile + c * NV * kLanes<Sum<S>>, sums ? sums + c : nullptr);
+                       tile + c * NV * kLanes<Sum<S>>, sums ? sums + c : nullptr, far);
   });
 }
 
