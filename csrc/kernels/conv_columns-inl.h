@@ -164,7 +164,7 @@ void columns_backward(const ConvBackward& a) {
     values_to_transposed(*a.plan, transposed, static_cast<const S*>(a.values), values.get(),
                          a.parallel);
     FoldProduct<S>(s, transposed, tiling, runs, static_cast<S*>(a.dx), a.parallel)
-        .run(values.get(), packed, a.parallel);
+        .run(values.get(), packed);
   }
   if (a.dvalues) take_dvalues(packed);
 }

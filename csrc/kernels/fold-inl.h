@@ -164,20 +164,21 @@ class FoldProduct {
               const PixelRuns<T>& runs, S* dx, const Parallel& parallel)
       : side_(side),
         tiling_(tiling),
+        parallel_(parallel),
         taps_(runs.taps),
         stride_(row_stride(tiling)),
-        workers_(worth_waking(parallel, (side.nnz + side.rows) * tiling.batch)),
+        workers_(workers_for(parallel, side, tiling)),
         together_(rows_at_once(side, stride_ * static_cast<int64_t>(sizeof(T)), workers_)),
         groups_(ceil_div(side.rows, together_)),
         cut_(groups_ * taps_ * stride_),
         fold_(s, tiling, runs, dx, workers_) {}
 
-  void run(const T* values, const PackedTiles<S>& dy, const Parallel& parallel) const {
+  void run(const T* values, const PackedTiles<S>& dy) const {
     Scratch<T> rows(together_ * stride_ * workers_);
-    share(parallel, workers_, groups_, [&](int worker, int64_t g) {
+    share(parallel_, workers_, groups_, [&](int worker, int64_t g) {
       group(g, values, dy, rows.get() + worker * together_ * stride_, worker);
     });
-    share(parallel, workers_, groups_ - 1, [&](int worker, int64_t g) {
+    share(parallel_, workers_, groups_ - 1, [&](int worker, int64_t g) {
       const int64_t c = (g + 1) * together_ / taps_;
       if (group_of(c) == g && c * taps_ < (g + 1) * together_)
         fold_.channel(rows_of_cut(c), c, worker);
@@ -211,6 +212,7 @@ class FoldProduct {
 
   const Side& side_;
   const Tiling<T>& tiling_;
+  const Parallel& parallel_;
   const int64_t taps_, stride_;
   const int workers_;
   const int64_t together_, groups_;

@@ -127,6 +127,12 @@ struct Product {
   }
 };
 
+// For the products of a side with all samples.
+template <class T>
+int workers_for(const Parallel& parallel, const Side& side, const Tiling<T>& tiling) {
+  return worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
+}
+
 // First row of part p of `parts` of about equal cost; begins a unit. (sum_rows groups rows by 8,
 // and the groups must be the same however rows are shared out.)
 ST_INLINE int64_t part_begin(const Side& side, int64_t p, int64_t parts) {
@@ -152,7 +158,7 @@ void spmm(const Product<S, Out>& product, const X& x, const Parallel& parallel) 
   const Side& side = product.side;
   const Tiling<T>& tiling = product.tiling;
   if (!tiling.count || !side.rows) return;
-  const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
+  const int workers = workers_for(parallel, side, tiling);
   const int64_t tile_size = side.cols * tiling.lanes, chunk_size = tiling.chunk_rows * tiling.lanes;
   Scratch<T> tiles(tile_size * workers), chunks(chunk_size * workers);
   auto tile = [&](int worker) { return tiles.get() + worker * tile_size; };
@@ -194,8 +200,8 @@ struct Gradient {
   template <class Dy, class X>
   void rows(int64_t t, const Dy& dy, const X& x, T* x_tile, int64_t begin, int64_t end, T* values,
             T* bias) const {
-    const bool once = !is_packed<S, X> && end - begin <= tiling.chunk_rows;
-    const T* all = once ? x_tile : packed_tile<S>(tiling, x, t, 0, side.cols, x_tile);
+    const bool once = end - begin <= tiling.chunk_rows;
+    if (!once) pack<S>(tiling, x, t, 0, side.cols, x_tile);
     for (int64_t r = begin; r < end; r += tiling.chunk_rows) {
       const int64_t rows = least(tiling.chunk_rows, end - r);
       const T* dy_rows = dy(r, r + rows);
@@ -204,9 +210,8 @@ struct Gradient {
         constexpr int64_t width = NV * kLanes<T>;
         if (bias) sum_rows<T, NV>(dy_rows, rows, bias + r);
         for (int64_t b = 0; b < side.blocks; b++) {
-          if constexpr (!is_packed<S, X>)
-            if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
-          const T* operand = once ? x_tile : all + side.first_column(b) * width;
+          if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
+          const T* operand = once ? x_tile : x_tile + side.first_column(b) * width;
           for_units(side, r, r + rows, [&](int64_t unit, int64_t first) {
             sddmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(),
                                                        operand, dy_rows + (first - r) * width,
@@ -259,10 +264,10 @@ struct Backward {
     const Side& side = gradient.side;
     const Tiling<T>& tiling = gradient.tiling;
     if (!tiling.count) return clear(gradient.dvalues, gradient.dbias, 0, side.rows);
-    const int workers = worth_waking(parallel, (side.nnz + side.rows) * tiling.batch);
+    const int workers = workers_for(parallel, side, tiling);
     const Grouping cut(side, tiling, workers);
     const bool apart = cut.groups > 1;
-    const int64_t x_size = is_packed<S, X> ? 0 : side.cols * tiling.lanes;
+    const int64_t x_size = side.cols * tiling.lanes;
     const int64_t dy_size = is_packed<S, Dy> ? 0 : side.rows * tiling.lanes;
     const int64_t chunk_size = product ? tiling.chunk_rows * tiling.lanes : 0;
     Scratch<T> x_tiles(x_size * workers), dy_tiles(dy_size * workers), chunks(chunk_size * workers);
@@ -271,8 +276,8 @@ struct Backward {
     OneByOne order(cut.parts);
     share(parallel, workers, cut.groups * cut.parts, [&](int worker, int64_t i) {
       const int64_t g = i / cut.parts, p = i % cut.parts;
-      const Rows part{part_begin(side, p, cut.parts), part_begin(side, p + 1, cut.parts)};
-      Room room{x_tiles.get() + worker * x_size,
+      Room room{{part_begin(side, p, cut.parts), part_begin(side, p + 1, cut.parts)},
+                x_tiles.get() + worker * x_size,
                 dy_tiles.get() + worker * dy_size,
                 chunks.get() + worker * chunk_size,
                 sums.get() + worker * side.rows,
@@ -282,12 +287,12 @@ struct Backward {
         room.dvalues = values.get() + worker * side.nnz;
         if (gradient.dbias) room.dbias = bias.get() + worker * side.rows;
       }
-      clear(room.dvalues, room.dbias, part.begin, part.end);
+      clear(room.dvalues, room.dbias, room.part.begin, room.part.end);
       const int64_t end = tiling.count * (g + 1) / cut.groups;
       for (int64_t t = tiling.count * g / cut.groups; t < end; t++)
-        tile(t, dx_rows(t, p, cut), part, room);
+        tile(t, dx_rows(t, p, cut), room);
       order.wait(p, g);
-      if (g) add(room.dvalues, room.dbias, part.begin, part.end);
+      if (g) add(room.dvalues, room.dbias, room.part.begin, room.part.end);
       order.done(p, g);
     });
   }
@@ -296,7 +301,8 @@ struct Backward {
   struct Rows {
     int64_t begin, end;
   };
-  struct Room {  // of a worker
+  struct Room {  // of a worker, for its part of the rows
+    Rows part;
     T *x, *dy, *chunk, *sums;
     T *dvalues, *dbias;  // dbias may be null
   };
@@ -308,38 +314,37 @@ struct Backward {
       return {0, t % cut.parts == p ? all : 0};
     return {part_begin(product->side, p, cut.parts), part_begin(product->side, p + 1, cut.parts)};
   }
-  void tile(int64_t t, Rows dx, Rows part, const Room& room) const {
-    const Side& side = gradient.side;
+  void tile(int64_t t, Rows dx, const Room& room) const {
     const int64_t width = tile_lanes<T>(gradient.tiling.vectors(t));
     const T* packed = nullptr;
     if (dx.begin < dx.end) {
-      packed = pack_dy(t, {0, part.begin}, room.dy, room, nullptr);
-      pack_dy(t, part, room.dy, room, room.dbias);
-      pack_dy(t, {part.end, side.rows}, room.dy, room, nullptr);
+      packed = pack_dy(t, {0, gradient.side.rows}, room.dy, room);
       product->rows(t, packed, dx.begin, dx.end, room.chunk);
     }
     // x is packed only when it is needed: both tiles may not fit L2. So is dy, if only this needs
     // it.
     auto dy_rows = [&](int64_t r, int64_t end) {
       if (packed) return packed + r * width;
-      return pack_dy(t, {r, end}, room.dy - r * width, room, room.dbias) + r * width;
+      return pack_dy(t, {r, end}, room.dy - r * width, room) + r * width;
     };
-    gradient.rows(t, dy_rows, x, room.x, part.begin, part.end, room.dvalues,
+    gradient.rows(t, dy_rows, x, room.x, room.part.begin, room.part.end, room.dvalues,
                   kSumsWhilePacked ? nullptr : room.dbias);
   }
   static constexpr bool kSumsWhilePacked = std::is_same<Dy, Matrix>::value;
   // Packs those rows of dy's tile t at `tile`, where all are if they are packed already: says
-  // where. Their sums are added to dbias, if packing makes them.
-  const T* pack_dy(int64_t t, Rows rows, T* tile, const Room& room, T* dbias) const {
+  // where. The sums of those of the part are added to dbias, if packing makes them.
+  const T* pack_dy(int64_t t, Rows rows, T* tile, const Room& room) const {
     const Tiling<T>& tiling = gradient.tiling;
     if constexpr (!kSumsWhilePacked) {
       return packed_tile<S>(tiling, dy, t, rows.begin, rows.end, tile);
     } else {
-      if (!dbias) return pack<S>(tiling, dy, t, rows.begin, rows.end, tile), tile;
+      if (!room.dbias) return pack<S>(tiling, dy, t, rows.begin, rows.end, tile), tile;
       // A tile's sums are made apart, whether they are a group's only ones or not.
       __builtin_memset(room.sums + rows.begin, 0, sizeof(T) * (rows.end - rows.begin));
       pack<S>(tiling, dy, t, rows.begin, rows.end, tile, room.sums);
-      for (int64_t r = rows.begin; r < rows.end; r++) dbias[r] += room.sums[r];
+      const int64_t end = least(rows.end, room.part.end);
+      for (int64_t r = most(rows.begin, room.part.begin); r < end; r++)
+        room.dbias[r] += room.sums[r];
       return tile;
     }
   }
