@@ -116,11 +116,14 @@ void columns_forward(const ConvForward& a) {
   const ConvShape& s = a.shape;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(pixels_of(s), side.wide);
-  const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
+  const ForwardValues<S> values(a.values, side, tiling, a.parallel);
+  const Widened<S> bias(a.bias, side.rows);
   const PixelRuns<T> runs = seen_pixels(s, tiling, LoadsWhere<S>::value);
   const Columns<S> x{static_cast<const S*>(a.x), s.in_channels, s.in_size[0] * s.in_size[1], runs};
   const PlanesOut<S> y{static_cast<S*>(a.y), s.out_channels, s.out_size[0] * s.out_size[1]};
-  spmm(Product<S, PlanesOut<S>>{side, tiling, values.get(), bias.get(), y}, x, a.parallel);
+  const Product<S, PlanesOut<S>> product{side,       tiling, values.get(),
+                                         bias.get(), y,      values.in_order()};
+  spmm(product, x, a.parallel);
 }
 
 // All tiles of dy.

@@ -4,6 +4,7 @@
 
 #include "few-inl.h"
 #include "kernels.h"
+#include "ordered_values-inl.h"
 #include "parallel-inl.h"
 #include "plan.h"
 #include "sddmm-inl.h"
@@ -80,8 +81,9 @@ struct Product {
   const Side& side;
   const Tiling<T>& tiling;
   const T* values;
-  const T* bias;  // side.rows, or null
-  Out y;          // batch x side.rows
+  const T* bias;          // side.rows, or null
+  Out y;                  // batch x side.rows
+  bool in_order = false;  // values: of a forward side's sweeps
 
   // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
@@ -117,8 +119,8 @@ struct Product {
         with_addresses([&](auto apart) {
           for_units(side, r0, r1, [&](int64_t unit, int64_t r) {
             spmm_sweep<T, NV, decltype(bytes)::value, decltype(apart)::value>(
-                side.sweep(b, unit), side.index16.get(), values, x, to.data + (r - r0) * to.stride,
-                to.stride, bias ? bias + r : nullptr, b == 0);
+                sweep_of(side, b, unit, in_order), side.index16.get(), values, x,
+                to.data + (r - r0) * to.stride, to.stride, bias ? bias + r : nullptr, b == 0);
           });
         });
       }
@@ -191,10 +193,11 @@ struct Gradient {
   typedef Sum<S> T;
   const Side& side;
   const Tiling<T>& tiling;
-  T* dvalues;  // nnz, in CSR order
-  T* dbias;    // side.rows, or null
+  T* dvalues;     // nnz, in the order of the sweeps or of the pattern
+  T* dbias;       // side.rows, or null
+  bool in_order;  // of the sweeps
 
-  // Adds tile t's share for rows [begin, end) to `values` (nnz, in the order of the side) and
+  // Adds tile t's share for rows [begin, end) to `values` (nnz, as dvalues) and
   // `bias` (side.rows, or null). dy(r, end): rows from r on of the packed tile. x_tile: side.cols x
   // lanes of scratch. Blocks of x are packed right before their only use, where there is one.
   template <class Dy, class X>
@@ -213,9 +216,9 @@ struct Gradient {
           if (once) pack_block<S>(tiling, x, t, side, b, x_tile);
           const T* operand = once ? x_tile : x_tile + side.first_column(b) * width;
           for_units(side, r, r + rows, [&](int64_t unit, int64_t first) {
-            sddmm_sweep<T, NV, decltype(bytes)::value>(side.sweep(b, unit), side.index16.get(),
-                                                       operand, dy_rows + (first - r) * width,
-                                                       width, values);
+            sddmm_sweep<T, NV, decltype(bytes)::value>(
+                sweep_of(side, b, unit, in_order), side.index16.get(), operand,
+                dy_rows + (first - r) * width, width, values);
           });
         }
       });
@@ -348,14 +351,24 @@ struct Backward {
       return tile;
     }
   }
+  // f(begin, end) for where values of rows [r0, r1) lie, which is a part of the rows.
+  template <class F>
+  void for_values(int64_t r0, int64_t r1, const F& f) const {
+    const Side& side = gradient.side;
+    if (!gradient.in_order) return f(side.row_begin[r0], side.row_begin[r1]);
+    for (int64_t b = 0; b < side.blocks; b++)
+      f(place_in_order(side, b, r0), place_in_order(side, b, r1));
+  }
   void clear(T* dvalues, T* dbias, int64_t r0, int64_t r1) const {
-    const int32_t* begin = gradient.side.row_begin;
-    __builtin_memset(dvalues + begin[r0], 0, sizeof(T) * (begin[r1] - begin[r0]));
+    for_values(r0, r1, [&](int64_t begin, int64_t end) {
+      __builtin_memset(dvalues + begin, 0, sizeof(T) * (end - begin));
+    });
     if (dbias) __builtin_memset(dbias + r0, 0, sizeof(T) * (r1 - r0));
   }
   void add(const T* dvalues, const T* dbias, int64_t r0, int64_t r1) const {
-    const int32_t* begin = gradient.side.row_begin;
-    for (int64_t k = begin[r0]; k < begin[r1]; k++) gradient.dvalues[k] += dvalues[k];
+    for_values(r0, r1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; k++) gradient.dvalues[k] += dvalues[k];
+    });
     for (int64_t r = r0; dbias && r < r1; r++) gradient.dbias[r] += dbias[r];
   }
 };
@@ -365,18 +378,21 @@ template <class S, class Dy, class X>
 void grad_values(const Side& side, const Tiling<Sum<S>>& tiling, const Product<S>* product,
                  const Dy& dy, const X& x, S* dvalues, S* dbias, const Parallel& parallel) {
   typedef Sum<S> T;
-  auto run = [&](T* values, T* bias) {
-    const Gradient<S> gradient{side, tiling, values, bias};
+  constexpr bool same = std::is_same<S, T>::value;
+  const bool in_order = worth_ordering(tiling);
+  Scratch<T> values(same && !in_order ? 0 : side.nnz), bias(!same && dbias ? side.rows : 0);
+  auto run = [&](T* to_values, T* to_bias) {
+    const Gradient<S> gradient{side, tiling, to_values, to_bias, in_order};
     Backward<S, Dy, X>{product, gradient, dy, x}.run(parallel);
   };
-  if constexpr (sizeof(S) == sizeof(T)) {
-    run(dvalues, dbias);
+  if constexpr (same) {
+    run(in_order ? values.get() : dvalues, dbias);
   } else {
-    Scratch<T> values(side.nnz), bias(dbias ? side.rows : 0);
     run(values.get(), dbias ? bias.get() : nullptr);
-    for (int64_t k = 0; k < side.nnz; k++) narrow(values.get()[k], dvalues + k);
     for (int64_t r = 0; dbias && r < side.rows; r++) narrow(bias.get()[r], dbias + r);
+    for (int64_t k = 0; !in_order && k < side.nnz; k++) narrow(values.get()[k], dvalues + k);
   }
+  if (in_order) out_of_order(side, values.get(), dvalues, parallel);
 }
 
 template <class S>
@@ -385,9 +401,10 @@ void linear_forward(const LinearForward& a) {
   if (few_forward_if_faster<S>(a)) return;
   const Side& side = a.plan->forward(kTiles);
   const Tiling<T> tiling(a.x.rows, side.wide);
-  const Widened<S> values(a.values, side.nnz), bias(a.bias, side.rows);
+  const ForwardValues<S> values(a.values, side, tiling, a.parallel);
+  const Widened<S> bias(a.bias, side.rows);
   const RowsOut<S> y{static_cast<S*>(a.y), a.x.rows, side.rows};
-  spmm(Product<S>{side, tiling, values.get(), bias.get(), y}, a.x, a.parallel);
+  spmm(Product<S>{side, tiling, values.get(), bias.get(), y, values.in_order()}, a.x, a.parallel);
 }
 
 template <class S>

@@ -58,27 +58,43 @@ ST_INLINE void pack_square(const S* src, int64_t stride, int samples, int featur
 // L1: no win; from L2: 0.98-1.0.
 constexpr int64_t kPackAhead = 512;
 
+// Squares that are packed together, so that lines of 64 bytes are read and written whole: how many
+// lie in a line of what is read, and how many vectors in a line of the tile. 256-bit vectors: 2 x
+// 2, packing 1.05-1.15 times faster than square by square.
+template <class S>
+constexpr int kAcross = kLanes<Sum<S>> * sizeof(S) <= 32 ? 2 : 1;
+template <int NV>
+constexpr int kDown = SPARSETRAIN_VECTOR_BYTES <= 32 && NV % 2 == 0 ? 2 : 1;
+
 // src: `samples` rows of `features` values, row i at src + i * stride.
 // tile: features x NV * lanes, aligned to a vector, written in full.
 // sums: of each feature, added to; or null. far: whether src is beyond L2.
 template <class S, int NV>
 void pack_tile(const S* src, int64_t stride, int samples, int64_t features, Sum<S>* tile,
                Sum<S>* sums, bool far) {
-  constexpr int w = kLanes<Sum<S>>;
-  // Long runs along `lanes` rows: 10 GB/s; all rows of the tile side by side: 4 GB/s, since the
+  constexpr int w = kLanes<Sum<S>>, across = kAcross<S>, down = kDown<NV>;
+  // Long runs along few rows: 10 GB/s; all rows of the tile side by side: 4 GB/s, since the
   // hardware prefetcher cannot follow 64 streams.
   const bool ask = far && !is_intel();  // whose own prefetching finds these streams
-  for (int v = 0; v < NV; v++) {
-    const S* from = src + v * w * stride;
-    for (int64_t f = 0; f < features; f += w) {
-      const int n = static_cast<int>(features - f < w ? features - f : w);
-      if (ask && samples - v * w >= w && f * sizeof(S) % 64 == 0) {
+  auto square = [&](int v, int64_t f, int rows, int columns) __attribute__((always_inline)) {
+    pack_square<S, NV>(src + v * w * stride + f, stride, rows, columns, tile + f * NV * w + v * w,
+                       sums ? sums + f : nullptr);
+  };
+  for (int v = 0; v < NV; v += down) {
+    const int rows = samples - v * w;
+    int64_t f = 0;
+    for (; rows >= down * w && f + across * w <= features; f += across * w) {
+      if (ask && f * sizeof(S) % 64 == 0) {
+        const S* from = src + v * w * stride + f + kPackAhead / sizeof(S);
         ST_UNROLL
-        for (int i = 0; i < w; i++)
-          __builtin_prefetch(from + i * stride + f + kPackAhead / sizeof(S), 0, 2);
+        for (int i = 0; i < down * w; i++) __builtin_prefetch(from + i * stride, 0, 2);
       }
-      pack_square<S, NV>(from + f, stride, samples - v * w, n, tile + f * NV * w + v * w,
-                         sums ? sums + f : nullptr);
+      ST_UNROLL
+      for (int i = 0; i < down * across; i++) square(v + i / across, f + i % across * w, w, w);
+    }
+    for (; f < features; f += w) {
+      const int columns = static_cast<int>(features - f < w ? features - f : w);
+      for (int i = 0; i < down; i++) square(v + i, f, rows - i * w, columns);
     }
   }
 }

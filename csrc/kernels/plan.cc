@@ -28,9 +28,11 @@ int64_t column_bytes(const Side& side, const TileRule& rule) {
 int64_t count_blocks(const Side& side, const TileRule& rule) {
   if (side.nnz == 0) return 1;
   int64_t width = side.wide ? rule.wide_columns : rule.narrow_columns;
-  if (density_of(side) >= kFitsL1Density)
+  const double density = density_of(side);
+  if (density >= kFitsL1Density)
     width = std::min(width, dense_block_bytes() / column_bytes(side, rule));
-  while (width < side.cols && width * density_of(side) < rule.nonzeros_per_cell) width *= 2;
+  if (side.wide) width = std::max(width, static_cast<int64_t>(rule.wide_nonzeros / density));
+  while (!side.wide && width < side.cols && width * density < rule.narrow_nonzeros) width *= 2;
   const int64_t most = kShort >> side.column_shift;  // columns of a block, for index16
   return std::max((side.cols + width / 2) / width, (side.cols + most - 1) / most);
 }

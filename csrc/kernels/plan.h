@@ -84,10 +84,10 @@ struct ConvSide;  // conv_plan.h
 
 // What suits the vectors and caches of one instruction set.
 struct TileRule {
-  int narrow, wide;                      // vectors of samples in a tile
-  double wide_density;                   // from which on tiles are wide, if L1 holds such a block
-  int64_t narrow_columns, wide_columns;  // of the narrowest column block
-  double nonzeros_per_cell;              // what a row of a block needs, to pay for its sums
+  int narrow, wide;                       // vectors of samples in a tile
+  double wide_density;                    // from which on tiles are wide, if L1 holds such a block
+  int64_t narrow_columns, wide_columns;   // of the narrowest column block
+  double narrow_nonzeros, wide_nonzeros;  // what a row of a block needs, to pay for its sums
   int64_t vector_bytes;
 };
 

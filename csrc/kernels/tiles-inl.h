@@ -21,11 +21,11 @@ constexpr int64_t kPackedColumns = 192;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 // Wide tiles from 15 % on: 1.03-1.05 times faster at 80 %, 0.97 at 90 %.
-constexpr TileRule kTiles = {4, 8, 0.15, 192, 96, 7.5, SPARSETRAIN_VECTOR_BYTES};
+constexpr TileRule kTiles = {4, 8, 0.15, 192, 96, 7.5, 7.5, SPARSETRAIN_VECTOR_BYTES};
 #else
 // 8 vectors of 256 bits instead of 4: forward at 80 / 90 / 95 % 1.15 / 1.10 / 0.97 times as fast,
 // backward 1.04 / 1.04 / 0.93. 18 nonzeros in a row of a block instead of 7.5: 95 %, 1.15-1.3.
-constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18, SPARSETRAIN_VECTOR_BYTES};
+constexpr TileRule kTiles = {4, 8, 0.08, 192, 96, 18, 12.8, SPARSETRAIN_VECTOR_BYTES};
 #endif
 
 // How `batch` samples fall into tiles: full ones, and a last one of fewer vectors.
