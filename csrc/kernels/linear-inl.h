@@ -83,7 +83,7 @@ struct Product {
   const T* values;
   const T* bias;          // side.rows, or null
   Out y;                  // batch x side.rows
-  bool in_order = false;  // values: of a forward side's sweeps
+  bool in_order = false;  // values lie in the order of the sweeps; a transposed side's always do
 
   // y[.., begin:end] of tile t, from the packed tile. chunk: chunk_rows x lanes of scratch.
   void rows(int64_t t, const T* tile, int64_t begin, int64_t end, T* chunk) const {
