@@ -128,11 +128,11 @@ void all_shapes(bool quick) {
                   Fill::signed_uniform, &random);
   // Enough tiles for values in the order of the sweeps, of several blocks and units; float64: with
   // rows in parts.
-  const TestPattern sparse(&random, 300, 700, 0.04, true);
+  const TestPattern sparse(&random, 200, 1500, 0.08, true);
   const PlanPtr sparse_plan = make_plan(sparse);
   for (int64_t batch : {513, 2100})
     for (DType dtype : {DType::f32, DType::f64, DType::bf16})
-      test_linear({sparse, sparse_plan.get(), batch, 0, "300x700 batch " + std::to_string(batch)},
+      test_linear({sparse, sparse_plan.get(), batch, 0, "200x1500 batch " + std::to_string(batch)},
                   dtype, Fill::signed_uniform, &random);
 }
 
