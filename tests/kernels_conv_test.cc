@@ -294,6 +294,24 @@ std::vector<Chosen> chosen_shapes(bool quick) {
       conv(8, 12, 112, 112, 2, 3, 3).padding(1, 1).at(0.1),
       conv(8, 12, 112, 112, 2, 3, 3).stride(2, 2).padding(1, 1).at(0.1),
       conv(3, 34, 112, 112, 2, 1, 1).stride(2, 2).at(0.5),
+      // 1x1, tile by tile: rows are output channels, input channels, one for each pass; gathered
+      // and
+      // scattered; images that are whole vectors, that end in an overlapping one, that are one
+      // vector or less; several groups of tiles; results past the caches in each direction; a tile
+      // that L1 does not hold, of a sparse and of a dense pattern.
+      conv(3, 12, 28, 28, 40, 1, 1).at(0.1),
+      conv(3, 40, 28, 28, 12, 1, 1).at(0.1),
+      conv(2, 24, 24, 32, 24, 1, 1).at(0.02),
+      conv(2, 30, 20, 24, 21, 1, 1).at(1),
+      conv(9, 33, 13, 15, 50, 1, 1).at(0.2),
+      conv(9, 50, 7, 7, 33, 1, 1).at(0.4),
+      conv(17, 20, 3, 3, 30, 1, 1),
+      conv(16, 20, 4, 2, 30, 1, 1),
+      conv(3, 4, 112, 112, 32, 1, 1).at(0.1),
+      conv(3, 32, 112, 112, 4, 1, 1).at(0.1),
+      conv(2, 300, 12, 12, 280, 1, 1).at(0.03),
+      conv(2, 210, 8, 12, 220, 1, 1).at(0.2),
+      conv(1, 520, 9, 16, 8, 1, 1).at(0.3),
       // Pairs of phases: one row, odd sizes, parts of rows in a strip.
       conv(2, 9, 1, 301, 7, 1, 3).stride(1, 2).at(0.5),
       conv(1, 5, 3, 1501, 6, 1, 1).stride(2, 2).at(0.5),

@@ -11,6 +11,8 @@
 // convolution has stride 1. The gradient of the input is again such a convolution, of dy, with one
 // row of results for each (phase, channel).
 //
+// 1x1 kernels of stride 1 shift nothing, and most are computed by pointwise-inl.h.
+//
 // Where rows of pixels do not fill vectors, a linear layer of the unfolded input may be faster:
 // conv_columns-inl.h.
 //

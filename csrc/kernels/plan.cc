@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include "conv_plan.h"
+#include "pointwise_plan.h"
 
 #include <algorithm>
 #include <cstring>
@@ -208,6 +209,7 @@ void transpose_pattern(const Pattern& p, int32_t* tcrow, int32_t* tcol, int32_t*
 }
 
 Plan::Plan(const Pattern& pattern) : pattern_(pattern) {}
+Plan::~Plan() = default;
 
 double Plan::density() const {
   const double size = static_cast<double>(pattern_.rows) * static_cast<double>(pattern_.cols);
@@ -262,6 +264,18 @@ void Plan::build_transposed(const TileRule& rule, Built* built) const {
   }
   side.sweeps.from.reset();  // values are brought into this order
   side_bytes_ += side.bytes() + sizeof(int32_t) * (p.cols + 1);
+}
+
+const PointwiseSide& Plan::pointwise(bool by_input, int64_t vector_bytes,
+                                     int64_t tile_bytes) const {
+  const int64_t place = vector_bytes / 32;
+  std::unique_ptr<PointwiseSide>& side = pointwise_[by_input][place];
+  std::call_once(pointwise_once_[by_input][place], [&] {
+    side.reset(new PointwiseSide);
+    build_pointwise(pattern_, by_input, tile_bytes, side.get());
+    side_bytes_ += sizeof(PointwiseSide) + side->bytes();
+  });
+  return *side;
 }
 
 const uint8_t* Plan::bits() const {

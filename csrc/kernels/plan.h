@@ -80,7 +80,8 @@ struct Side {
   size_t bytes() const;
 };
 
-struct ConvSide;  // conv_plan.h
+struct ConvSide;       // conv_plan.h
+struct PointwiseSide;  // pointwise_plan.h
 
 // What suits the vectors and caches of one instruction set.
 struct TileRule {
@@ -115,6 +116,7 @@ constexpr int64_t kBlockColumns = 192;
 class Plan {
  public:
   explicit Plan(const Pattern& pattern);
+  ~Plan();
   const Pattern& pattern() const { return pattern_; }
   // rows x bits_stride(): bit c % 8 of byte c / 8 says whether a row has a nonzero in column c;
   // rows are whole pairs of bytes. Built by the first call, from any thread.
@@ -133,6 +135,8 @@ class Plan {
     std::shared_ptr<const ConvSide> side, older;
   };
   ConvSlot& conv_slot(bool transposed) const { return conv_slots_[transposed]; }
+  // For tiles of so many bytes a channel. Built by the first call with vectors of this size.
+  const PointwiseSide& pointwise(bool by_input, int64_t vector_bytes, int64_t tile_bytes) const;
 
  private:
   void build_bits() const;
@@ -148,6 +152,8 @@ class Plan {
   Pattern pattern_;
   mutable Built forward_[3], transposed_[3];  // vectors of 16, 32 and 64 bytes
   mutable ConvSlot conv_slots_[2];
+  mutable std::once_flag pointwise_once_[2][3];
+  mutable std::unique_ptr<PointwiseSide> pointwise_[2][3];
   mutable std::once_flag bits_once_;
   mutable std::unique_ptr<uint8_t[]> bits_;
   mutable std::atomic<size_t> side_bytes_{0};  // each side adds its own once it is built

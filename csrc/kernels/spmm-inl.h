@@ -21,13 +21,13 @@ ST_INLINE void with_addresses(const F& f) {
   f(std::false_type{});
 }
 
-// One cell: y[0 .. NV vectors) += its products.
+// One cell: out(v, y[v] + its products) for each of NV vectors.
 //   index, values: `count` of them; a nonzero reads NV vectors at x + index * Unit bytes
 //   bias: of this row or null; used when `first`, which starts the sums instead of loading them
-template <class T, int NV, int Unit, bool Apart, class I>
-ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* __restrict values,
-                         int64_t count, const T* __restrict x, T* __restrict y, const T* bias,
-                         bool first) {
+template <class T, int NV, int Unit, bool Apart, class I, class Out>
+ST_INLINE void spmm_sums(Indices<I, 4> at, const I* __restrict index, const T* __restrict values,
+                         int64_t count, const T* __restrict x, const T* __restrict y, const T* bias,
+                         bool first, const Out& out) {
   constexpr int w = kLanes<T>;
   constexpr int chains = kChains<NV>;
   Vec<T> sum[chains][NV];
@@ -59,7 +59,17 @@ ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* _
     for (int v = 0; v < NV; v++) sum[0][v] += sum[h][v];
   }
   ST_UNROLL
-  for (int v = 0; v < NV; v++) store<T>(y + v * w, sum[0][v]);
+  for (int v = 0; v < NV; v++) out(v, sum[0][v]);
+}
+
+// One cell: y[0 .. NV vectors) += its products.
+template <class T, int NV, int Unit, bool Apart, class I>
+ST_INLINE void spmm_cell(Indices<I, 4> at, const I* __restrict index, const T* __restrict values,
+                         int64_t count, const T* __restrict x, T* __restrict y, const T* bias,
+                         bool first) {
+  spmm_sums<T, NV, Unit, Apart>(
+      at, index, values, count, x, static_cast<const T*>(y), bias, first,
+      [&](int v, Vec<T> sum) __attribute__((always_inline)) { store<T>(y + v * kLanes<T>, sum); });
 }
 
 // One column block for `rows` consecutive rows.
