@@ -330,8 +330,7 @@ void conv_forward(const ConvForward& a) {
   if (!a.shape.batch) return;
   if (samples_are_pixels(a.plan->pattern().nnz, a.shape, conv_vectors<T>()))
     return columns_forward<S>(a);
-  const PointwiseBy by =
-      pointwise_forward_by(a.plan->pattern().nnz, a.shape, kLanes<T>, kPointwiseBytes);
+  const PointwiseBy by = pointwise_by(a, kLanes<T>, kPointwiseBytes);
   if (by != PointwiseBy::none) return pointwise_forward<S>(a, by);
   const ConvHandle s(*a.plan, a.shape, false, conv_vectors<T>());
   const Widened<S> values(a.values, s->side.nnz), bias(a.bias, a.shape.out_channels);
@@ -423,8 +422,7 @@ void conv_backward(const ConvBackward& a) {
   }
   if (samples_are_pixels(a.plan->pattern().nnz, shape, conv_vectors<T>()))
     return columns_backward<S>(a);
-  const PointwiseBy by =
-      pointwise_backward_by(a.plan->pattern().nnz, shape, kLanes<T>, kPointwiseBytes);
+  const PointwiseBy by = pointwise_by(a, kLanes<T>, kPointwiseBytes);
   if (by != PointwiseBy::none) return pointwise_backward<S>(a, by);
   if (lanes_are_samples(shape, conv_vectors<T>())) {
     if (a.dbias)

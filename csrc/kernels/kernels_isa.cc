@@ -23,12 +23,6 @@ const KernelTable* other_table(const Args&) {
   return nullptr;
 }
 #if defined(ST_512_BITS)
-PointwiseBy pointwise_by(const ConvForward& a, const ConvVectors& v, int64_t tile_bytes) {
-  return pointwise_forward_by(a.plan->pattern().nnz, a.shape, v.lanes, tile_bytes);
-}
-PointwiseBy pointwise_by(const ConvBackward& a, const ConvVectors& v, int64_t tile_bytes) {
-  return pointwise_backward_by(a.plan->pattern().nnz, a.shape, v.lanes, tile_bytes);
-}
 // Lanes that are samples, with vectors of half the size. Eight samples fill those, but not whole
 // ones, whose lanes are pixels then: at 90 % whole ones are 0.7-0.87 times as fast forward,
 // 0.7-1.04 backward; at 80 % 0.87-1.05 and 0.8-1.14. Where a CPU computes whole ones in two halves,
@@ -42,7 +36,7 @@ const KernelTable* conv_table(const Args& a) {
   half.lanes /= 2;
   // Twice as many channels fit in L1 here too.
   if (cpu_kind() == CpuKind::halves &&
-      pointwise_by(a, half, kPointwiseBytes / 2) != PointwiseBy::none)
+      pointwise_by(a, half.lanes, kPointwiseBytes / 2) != PointwiseBy::none)
     return &kTable_avx512vl;
   const bool faster = cpu_kind() == CpuKind::halves ||
                       (a.plan->density() <= kMostDensity && !lanes_are_samples(a.shape, whole));

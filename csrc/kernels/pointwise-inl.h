@@ -20,6 +20,23 @@ void for_visited(const Pattern& p, const PointwiseSide& s, const F& f) {
   for (int32_t k = 0; k < p.nnz; k++) f(k, next.get()[p.col[k]]++);
 }
 
+// Values in the order of visits; none where they are not given.
+template <class S>
+class VisitedValues {
+ public:
+  VisitedValues(const Pattern& p, const PointwiseSide& side, const void* given)
+      : values_(given ? side.nnz : 0) {
+    if (!given) return;
+    for_visited(p, side, [&](int32_t k, int32_t at) {
+      values_.get()[at] = widen(static_cast<const S*>(given)[k]);
+    });
+  }
+  const Sum<S>* get() const { return values_.get(); }
+
+ private:
+  Scratch<Sum<S>> values_;
+};
+
 // One call, forward or backward. `rows` are passed over, of `kept` a tile is.
 template <class S>
 struct PointwisePass {
@@ -43,7 +60,7 @@ struct PointwisePass {
     return ReadAhead({part, {}}, side.rows - side.empty);
   }
   RowsAhead<S> rows_ahead(const PointwisePlanes<const S>& rows, int64_t i) const {
-    if (!rows.data) return {nullptr, nullptr, nullptr, 0, 1};
+    if (!rows.data) return {};
     const int64_t group = tiles.next_group(i);
     const int64_t next = i + 1 < tiles.count ? i + 1 : i;
     return {rows.tile(tiles, i), rows.tile(tiles, next),
@@ -73,10 +90,7 @@ void pointwise_forward(const ConvForward& a, PointwiseBy by) {
   typedef Sum<S> T;
   const ConvShape& shape = a.shape;
   const PointwiseSide& side = pointwise_side(*a.plan, by);
-  const Pattern& p = a.plan->pattern();
-  Scratch<T> values(side.nnz);
-  const S* given = static_cast<const S*>(a.values);
-  for_visited(p, side, [&](int32_t k, int32_t at) { values.get()[at] = widen(given[k]); });
+  const VisitedValues<S> values(a.plan->pattern(), side, a.values);
   const Widened<S> bias(a.bias, shape.out_channels);
   const PixelTiles<T> tiles(shape.batch, shape.in_size[0] * shape.in_size[1]);
   const PointwisePass<S> pass{side, tiles, values.get()};
@@ -155,10 +169,7 @@ void pointwise_backward(const ConvBackward& a, PointwiseBy by) {
   const ConvShape& shape = a.shape;
   const PointwiseSide& side = pointwise_side(*a.plan, by);
   const Pattern& p = a.plan->pattern();
-  Scratch<T> values(a.dx ? side.nnz : 0);
-  const S* given = static_cast<const S*>(a.values);
-  if (a.dx)
-    for_visited(p, side, [&](int32_t k, int32_t at) { values.get()[at] = widen(given[k]); });
+  const VisitedValues<S> values(p, side, a.dx ? a.values : nullptr);
   const PixelTiles<T> tiles(shape.batch, shape.in_size[0] * shape.in_size[1]);
   const PointwisePass<S> pass{side, tiles, values.get()};
   const PointwisePlanes<const S> x{static_cast<const S*>(a.x), shape.in_channels};

@@ -41,9 +41,9 @@ struct Rule {
 
 }  // namespace
 
-PointwiseBy pointwise_forward_by(int64_t nnz, const ConvShape& s, int64_t lanes,
-                                 int64_t tile_bytes) {
-  const Rule rule{s, static_cast<double>(nnz), lanes, tile_bytes};
+PointwiseBy pointwise_by(const ConvForward& call, int64_t lanes, int64_t tile_bytes) {
+  const ConvShape& s = call.shape;
+  const Rule rule{s, static_cast<double>(call.plan->pattern().nnz), lanes, tile_bytes};
   // Ragged: other kernels are as fast (14 x 14: 0.7-1.05).
   if (!rule.applies() || rule.ragged()) return PointwiseBy::none;
   const bool can_gather = rule.fits(s.in_channels);
@@ -53,9 +53,9 @@ PointwiseBy pointwise_forward_by(int64_t nnz, const ConvShape& s, int64_t lanes,
   return can_scatter ? PointwiseBy::input : PointwiseBy::none;
 }
 
-PointwiseBy pointwise_backward_by(int64_t nnz, const ConvShape& s, int64_t lanes,
-                                  int64_t tile_bytes) {
-  const Rule rule{s, static_cast<double>(nnz), lanes, tile_bytes};
+PointwiseBy pointwise_by(const ConvBackward& call, int64_t lanes, int64_t tile_bytes) {
+  const ConvShape& s = call.shape;
+  const Rule rule{s, static_cast<double>(call.plan->pattern().nnz), lanes, tile_bytes};
   if (!rule.applies()) return PointwiseBy::none;
   const double gathered = rule.ragged() ? kDensestRagged : 1;
   const double scattered = rule.ragged() ? kDensestRaggedScattered : kDensestScatteredBackward;

@@ -11,8 +11,6 @@
 
 namespace sparsetrain {
 
-struct ConvShape;
-
 // Rows are channels of the tensor that is passed over, and cells their nonzeros. Rows are visited
 // from those with fewest to those with most, as in a sweep (plan.h); nonzeros lie in that order.
 struct PointwiseSide {
@@ -37,10 +35,8 @@ enum class PointwiseBy {
   output,  // rows are output channels
 };
 // lanes: of a vector of sums; tile_bytes: of one channel's pixels in a tile.
-PointwiseBy pointwise_forward_by(int64_t nnz, const ConvShape& shape, int64_t lanes,
-                                 int64_t tile_bytes);
-PointwiseBy pointwise_backward_by(int64_t nnz, const ConvShape& shape, int64_t lanes,
-                                  int64_t tile_bytes);
+PointwiseBy pointwise_by(const ConvForward& call, int64_t lanes, int64_t tile_bytes);
+PointwiseBy pointwise_by(const ConvBackward& call, int64_t lanes, int64_t tile_bytes);
 
 void build_pointwise(const Pattern& pattern, bool by_input, int64_t tile_bytes,
                      PointwiseSide* side);

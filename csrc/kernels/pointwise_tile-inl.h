@@ -86,8 +86,8 @@ ST_INLINE void put_pixels(S* to, Vec<Sum<S>> v, bool past_caches) {
 // Rows that are read: of this tile, of the next one, and of the next group; or null.
 template <class S>
 struct RowsAhead {
-  const S *now, *then, *later;
-  int64_t place, group;  // of the tile in its group, and tiles of that
+  const S *now = nullptr, *then = nullptr, *later = nullptr;
+  int64_t place = 0, group = 1;  // of the tile in its group, and tiles of that
 };
 
 // Both passes over one tile. The tile that is kept has kPointwiseBytes for each channel.
@@ -249,10 +249,10 @@ class PointwiseTile {
     const int32_t* later =
         row + side_.empty + rows_.place * (side_.rows - side_.empty) / rows_.group;
     int64_t part = 0;
-    auto ask = [&](const S* p) __attribute__((always_inline)) {
+    auto ask = [&](auto near, const S* p) __attribute__((always_inline)) {
       ST_UNROLL
       for (int j = 0; j < NV * w * static_cast<int>(sizeof(S)); j += 64)
-        __builtin_prefetch(p + j / sizeof(S));
+        __builtin_prefetch(p + j / sizeof(S), 0, decltype(near)::value ? 3 : 2);
     };
     for (int64_t i = 0; i < side_.run_count; i++) {
       const int64_t count = side_.runs[i].nonzeros;
@@ -263,12 +263,10 @@ class PointwiseTile {
       }
       for (int64_t c = side_.runs[i].cells; c > 0; c--, row++, left--, at += count) {
         if (rows_.now && count) {
-          ask((left > kPointwiseAhead ? rows_.now : rows_.then) + row[kPointwiseAhead] * plane_);
+          ask(std::true_type{},
+              (left > kPointwiseAhead ? rows_.now : rows_.then) + row[kPointwiseAhead] * plane_);
           if (rows_.later) {
-            const S* p = rows_.later + *later * plane_ + part * NV * w;
-            ST_UNROLL
-            for (int j = 0; j < NV * w * static_cast<int>(sizeof(S)); j += 64)
-              __builtin_prefetch(p + j / sizeof(S), 0, 2);
+            ask(std::false_type{}, rows_.later + *later * plane_ + part * NV * w);
             if (++part == rows_.group) part = 0, later++;
           }
         }
@@ -286,27 +284,19 @@ class PointwiseTile {
   ST_INLINE void each_group(Indices<uint16_t, 8> ones, int64_t at, int64_t count, T* dvalues,
                             const F& product) const {
     constexpr int most = kManyRegisters ? 8 : 4;
-    const uint16_t* index = side_.index.get();
-    const int64_t end = at + count;
-    auto group = [&](auto size) __attribute__((always_inline)) {
-      constexpr int G = decltype(size)::value;
-      Indices<uint16_t, 8> next(index + at + G);
-      next.keep();
-      Vec<T> sum[G];
-      for_constants(
-          [&](auto j) __attribute__((always_inline)) {
-            constexpr int J = decltype(j)::value;
-            sum[J] = product(ones.template get<J>(), at + J);
-          },
-          std::make_integer_sequence<int, G>{});
-      if constexpr (Dvalues) add_sums<T, G>(sum, dvalues + at);
-      ones = next;
-      at += G;
-    };
-    while (at + most <= end) group(std::integral_constant<int, most>{});
-    if (most == 8 && at + 4 <= end) group(std::integral_constant<int, 4>{});
-    if (at + 2 <= end) group(std::integral_constant<int, 2>{});
-    while (at < end) group(std::integral_constant<int, 1>{});
+    for_groups<most>(ones, side_.index.get() + at, count,
+                     [&](auto size, Indices<uint16_t, 8>& first, int64_t k)
+                         __attribute__((always_inline)) {
+                           constexpr int G = decltype(size)::value;
+                           Vec<T> sum[G];
+                           for_constants(
+                               [&](auto j) __attribute__((always_inline)) {
+                                 constexpr int J = decltype(j)::value;
+                                 sum[J] = product(first.template get<J>(), at + k + J);
+                               },
+                               std::make_integer_sequence<int, G>{});
+                           if constexpr (Dvalues) add_sums<T, G>(sum, dvalues + at + k);
+                         });
   }
 
   const PointwiseSide& side_;

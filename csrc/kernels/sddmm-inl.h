@@ -39,19 +39,10 @@ ST_INLINE void sddmm_cell(Indices<I, 8> at, const I* __restrict index, int64_t c
   Vec<T> d[NV];
   ST_UNROLL
   for (int v = 0; v < NV; v++) d[v] = load<T>(dy + v * w);
-  int64_t k = 0;
-  auto group = [&](auto size) __attribute__((always_inline)) {
-    constexpr int G = decltype(size)::value;
-    Indices<I, 8> next(index + k + G);
-    next.keep();
-    sddmm_group<T, NV, Unit, G>(d, at, x, dvalues + k);
-    at = next;
-    k += G;
-  };
-  while (k + most <= count) group(std::integral_constant<int, most>{});
-  if (most == 8 && k + 4 <= count) group(std::integral_constant<int, 4>{});
-  if (k + 2 <= count) group(std::integral_constant<int, 2>{});
-  while (k < count) group(std::integral_constant<int, 1>{});
+  for_groups<most>(at, index, count,
+                   [&](auto size, Indices<I, 8>& first, int64_t k) __attribute__((always_inline)) {
+                     sddmm_group<T, NV, Unit, decltype(size)::value>(d, first, x, dvalues + k);
+                   });
 }
 
 // One column block for `rows` consecutive rows.

@@ -190,6 +190,25 @@ ST_INLINE void for_fours(Indices<I, 4> at, const I* index, const T* values, int6
   f(std::integral_constant<int, 2>{}, at.template get<2>(), broadcast<T>(values[2]));
 }
 
+// f(G, first, k) for groups of G nonzeros of a cell of `count`, from the k-th on: Most at a time,
+// then what is left. Their indices are `at` and those after it, read a group ahead; f takes them in
+// order.
+template <int Most, class I, class F>
+ST_INLINE void for_groups(Indices<I, 8> at, const I* index, int64_t count, const F& f) {
+  int64_t k = 0;
+  auto group = [&](auto size) __attribute__((always_inline)) {
+    Indices<I, 8> next(index + k + decltype(size)::value);
+    next.keep();
+    f(size, at, k);
+    at = next;
+    k += decltype(size)::value;
+  };
+  while (k + Most <= count) group(std::integral_constant<int, Most>{});
+  if (Most == 8 && k + 4 <= count) group(std::integral_constant<int, 4>{});
+  if (k + 2 <= count) group(std::integral_constant<int, 2>{});
+  while (k < count) group(std::integral_constant<int, 1>{});
+}
+
 // An address that several operands are read from, in a register of its own. Where it is the sum of
 // two, Intel's CPUs split each FMA that reads it into two operations, and take 6 in a cycle: with
 // the register they are 1.05 to 1.2 times faster. AMD's products of rows and tiles are 0.95-0.98
