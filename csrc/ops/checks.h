@@ -147,15 +147,22 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Of a contiguous tensor, in elements.
+struct Strides {
+  int64_t of[5] = {1, 1, 1, 1, 1};
+  Strides(int64_t dim, const int64_t* sizes) {  // dim <= 5
+    for (int64_t d = dim - 2; d >= 0; --d) of[d] = of[d + 1] * sizes[d + 1];
+  }
+};
+
 // Uninitialised and contiguous. Straight to the allocator: through the dispatcher it costs more
 // than a small kernel.
 inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
-  int64_t strides[5] = {1, 1, 1, 1, 1};  // dim <= 5
-  for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes[d + 1];
+  const Strides strides(dim, sizes);
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.of, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
   int64_t bytes = static_cast<int64_t>(t.element_size());
@@ -165,11 +172,6 @@ inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* size
 }
 
 inline Tensor empty_vector(const Tensor& like, int64_t n) { return empty_like_dtype(like, 1, &n); }
-
-inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t cols) {
-  const int64_t sizes[2] = {rows, cols};
-  return empty_like_dtype(like, 2, sizes);
-}
 
 inline void run_on_torch_threads(int64_t n, void (*body)(void*, int64_t), void* ctx) {
   if (n <= 1) {

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "conv_plan.h"
+#include "result_memory.h"
 
 namespace sparsetrain {
 namespace {
@@ -72,7 +73,7 @@ Sizes sizes_of(const Tensor& t) {
 
 Tensor empty_planes(const Tensor& like, int64_t batch, int64_t channels, const int64_t* size) {
   const int64_t sizes[4] = {batch, channels, size[0], size[1]};
-  return empty_like_dtype(like, 4, sizes);
+  return empty_result(like, 4, sizes);
 }
 
 Tensor conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,

@@ -6,9 +6,15 @@
 
 #include "checks.h"
 #include "cpu.h"
+#include "result_memory.h"
 
 namespace sparsetrain {
 namespace {
+
+Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[2] = {rows, cols};
+  return empty_result(like, 2, sizes);
+}
 
 // x (B, in), values (nnz), bias (out)? -> (B, out)
 Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
@@ -30,7 +36,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   const Tensor values_c = as_contiguous(values);
   const std::optional<Tensor> bias_c =
       bias ? std::make_optional(as_contiguous(*bias)) : std::nullopt;
-  const Tensor y = empty_matrix(values, x.size(0), out);
+  const Tensor y = empty_rows(values, x.size(0), out);
   if (y.numel() == 0) return y;
   kernels(op).linear_forward({dtype, entry->plan(), matrix_view(x_rows), values_c.const_data_ptr(),
                               bias_c ? bias_c->const_data_ptr() : nullptr, y.mutable_data_ptr(),
@@ -81,7 +87,7 @@ Tensor linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor&
   check_layout(op, "values", values, 1);
   const Gradients g(op, "values", values, grad, crow, col, key, in_features);
   check_length(op, "values", values.size(0), "nonzeros of the pattern", g.entry->pattern().nnz);
-  const Tensor dx = empty_matrix(values, grad.size(0), in_features);
+  const Tensor dx = empty_rows(values, grad.size(0), in_features);
   g.run(nullptr, &values, &dx, nullptr, nullptr);
   return dx;
 }
@@ -112,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   const Gradients g(op, "values", values, grad, crow, col, key, x.size(1));
   check_length(op, "grad", grad.size(0), "rows of x", x.size(0));
   check_length(op, "values", values.size(0), "nonzeros of the pattern", g.entry->pattern().nnz);
-  const Tensor dx = empty_matrix(x, x.size(0), x.size(1));
+  const Tensor dx = empty_rows(x, x.size(0), x.size(1));
   const Tensor dvalues = empty_vector(x, values.size(0));
   const Tensor dbias = empty_vector(x, bias ? grad.size(1) : 0);
   g.run(&x, &values, &dx, &dvalues, bias ? &dbias : nullptr);
@@ -154,6 +160,11 @@ std::string native_info() {
          ";" SPARSETRAIN_KERNELS ";" __VERSION__;
 }
 
+std::tuple<int64_t, int64_t, int64_t> result_memory_op() {
+  const ResultMemory memory = result_memory();
+  return {memory.kept, memory.live, memory.limit};
+}
+
 }  // namespace
 }  // namespace sparsetrain
 
@@ -177,6 +188,8 @@ STABLE_TORCH_LIBRARY(sparsetrain, m) {
   m.def("plan_bytes(Tensor key) -> int");
   m.def("forget_plan(int key) -> ()");
   m.def("native_info() -> str");
+  m.def("result_memory() -> (int kept, int live, int limit)");
+  m.def("drop_result_memory() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
@@ -193,4 +206,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CompositeExplicitAutograd, m) {
   m.impl("forget_plan", TORCH_BOX(&sparsetrain::forget_plan));
   m.impl("native_info", TORCH_BOX(&sparsetrain::native_info));
+  m.impl("result_memory", TORCH_BOX(&sparsetrain::result_memory_op));
+  m.impl("drop_result_memory", TORCH_BOX(&sparsetrain::drop_result_memory));
 }

@@ -4,7 +4,7 @@ from importlib import metadata as _metadata
 
 from sparsetrain import nn
 from sparsetrain.conv_ops import sparse_conv
-from sparsetrain.memory import keep_memory
+from sparsetrain.memory import empty_cache, keep_memory
 from sparsetrain.nn._state import load_state_dict
 from sparsetrain.nn.conv1d import to_conv1d, to_linear
 from sparsetrain.nn.convert import sparsify, to_dense, to_sparse
@@ -32,6 +32,7 @@ __all__ = [
     "Static",
     "TopKAST",
     "__version__",
+    "empty_cache",
     "keep_memory",
     "load_plans",
     "load_state_dict",

@@ -64,6 +64,15 @@ def _native_info() -> tuple[str, tuple[str, ...], str, str, str]:
     return chosen, choices, cpu, kernels, compiler
 
 
+def _check_result_cache() -> None:
+    if torch.ops.sparsetrain.result_memory()[2] < 0:
+        asked = os.environ.get("SPARSETRAIN_RESULT_CACHE_MIB", "")
+        raise ValueError(
+            f"SPARSETRAIN_RESULT_CACHE_MIB={asked!r} is not a whole number of MiB. Set it to the "
+            "most memory to keep for the layers' next results, 0 for none, or unset it (1024)."
+        )
+
+
 def _load_routes(beside: Path) -> bool:
     """Loads what records training steps without Python, if it was built with this very torch."""
     major, minor = torch.__version__.split(".")[:2]
@@ -80,6 +89,7 @@ def _load_routes(beside: Path) -> bool:
 _PATH = _load()
 HAS_ROUTES = _load_routes(_PATH)
 _ISA, _ISAS_AVAILABLE, _CPU, _KERNELS, _COMPILER = _native_info()
+_check_result_cache()
 
 
 def _read(path: Path) -> str | None:

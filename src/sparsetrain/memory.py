@@ -1,11 +1,13 @@
-"""What the process does with memory that PyTorch frees."""
+"""What the process does with memory that is freed."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-__all__ = ["keep_memory"]
+import torch
+
+__all__ = ["empty_cache", "keep_memory"]
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -16,7 +18,8 @@ def keep_memory() -> bool:
 
     By default the C library takes memory for large tensors from the system and gives it back as
     soon as they are freed: every activation of every step is then zeroed by the system and mapped
-    anew, a page fault for each 4 KiB. A sparse step, whose products take less time, spends more of
+    anew, a page fault for each 4 KiB. (The sparse layers' own results, of 4 MiB or more, are kept
+    anyway: see :func:`empty_cache`.) A sparse step, whose products take less time, spends more of
     it on that than a dense one: ResNet-18 at 95 % sparsity takes 0.6-0.75 of the time with memory
     kept, dense 0.9 (docs/performance.md).
 
@@ -39,3 +42,21 @@ def keep_memory() -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, never), (_M_TOP_PAD, pad))
     told = [mallopt(what, value) == 1 for what, value in settings]  # all of them, whatever one says
     return all(told)
+
+
+def empty_cache() -> int:
+    """Frees the memory that the sparse layers keep for their next results.
+
+    When a result of 4 MiB or more (an output, a gradient of an input) is no longer used, the next
+    one of its size takes its memory. What is kept so is at most what such results took together at
+    some time, never more than ``SPARSETRAIN_RESULT_CACHE_MIB`` (an environment variable, in MiB,
+    read when sparsetrain is imported; 1024 where it is not set; 0: nothing is kept), and goes when
+    1024 results have not used it. Worth a call where something else needs the memory, after
+    training for example. The storage of such results cannot be resized (``Tensor.resize_`` to more
+    elements raises).
+
+    Returns:
+        The number of bytes that were freed.
+    """
+    freed: int = torch.ops.sparsetrain.drop_result_memory()
+    return freed
