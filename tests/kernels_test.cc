@@ -3,6 +3,7 @@
 //   kernels_test --quick   without the largest ones (for emulators and sanitizers)
 // Needs no torch. Prints each failure and a closing line; returns 1 if anything failed.
 #include "kernels_test.h"
+#include "scratch.h"
 #include "topology.h"
 
 namespace {
@@ -347,6 +348,36 @@ void instruction_sets_are_chosen_by_name() {
 }
 
 // A test that cannot fail proves nothing: one wrong nonzero must be noticed.
+void freed_scratch_is_used_again() {
+  constexpr int64_t mib = 1 << 20;
+  drop_scratch();
+#if !defined(__SANITIZE_ADDRESS__)
+  void* const first = take_scratch(mib);
+  void* const second = take_scratch(mib);
+  check(first != second, "two blocks in use are two");
+  give_scratch(first, mib);
+  give_scratch(second, mib);
+  check(take_scratch(mib + 1) == second, "the block freed last is used again");
+  void* const other = take_scratch(2 * mib);
+  give_scratch(second, mib + 1);
+  give_scratch(other, 2 * mib);
+  const int64_t kept = drop_scratch();
+  check(kept > 3 * mib && kept <= 4 * mib, "what is kept is counted");
+  void* const large[] = {take_scratch(40 * mib), take_scratch(40 * mib)};
+  for (void* data : large) give_scratch(data, 40 * mib);
+  check(drop_scratch() <= 64 * mib, "no more than 64 MiB are kept");
+#endif
+  for (int64_t bytes : {0, 1, 63, 64, 65, 4097, 65535, 65536, 1 << 20}) {
+    char* const data = static_cast<char*>(take_scratch(bytes));
+    check(data && reinterpret_cast<uintptr_t>(data) % 64 == 0, "scratch is aligned");
+    std::memset(data, 1, static_cast<size_t>(bytes));
+    give_scratch(data, bytes);
+  }
+  give_scratch(nullptr, 5);
+  drop_scratch();
+  check(drop_scratch() == 0, "nothing is left");
+}
+
 void a_corrupted_nonzero_is_noticed() {
   Random random{6};
   const TestPattern pattern(&random, 16, 200, 0.5, false);
@@ -374,6 +405,7 @@ int main(int argc, char** argv) {
     std::printf(" %s%s", (*t)->isa, (*t)->supported() ? "" : " (not on this CPU)");
   std::printf("\n");
 
+  freed_scratch_is_used_again();
   faults_are_found();
   transpose_is_an_involution();
   a_changed_pattern_keeps_and_grows();

@@ -54,7 +54,7 @@ def test_a_freed_result_is_the_next_ones_memory(layer: SparseLinear) -> None:
     assert y.data_ptr() == address
     assert _memory() == (0, 4 * MIB)
     del y
-    assert sparsetrain.empty_cache() == 4 * MIB
+    assert sparsetrain.empty_cache() >= 4 * MIB  # what the kernel worked in, too
     assert sparsetrain.empty_cache() == 0
 
 
@@ -172,7 +172,8 @@ def test_results_are_tensors_like_any_other(layer: SparseLinear) -> None:
     assert torch.equal(copy.deepcopy(y), y)
     assert torch.equal(torch.from_dlpack(y), y)
     shared = layer(x).share_memory_()
-    assert shared.is_shared() and torch.equal(shared, y)
+    assert shared.is_shared()
+    assert torch.equal(shared, y)
     y.add_(1)
     assert torch.equal(y, shared + 1)
     with torch.inference_mode():
@@ -229,7 +230,7 @@ print(kept >> 20, live >> 20, limit >> 20)
 
 
 def _limited(mib: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SPARSETRAIN_RESULT_CACHE_MIB": mib}
+    environment = {**os.environ, "SPARSETRAIN_CACHE_MIB": mib}
     command = [sys.executable, "-c", LIMITED]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -247,5 +248,5 @@ def test_the_limit_is_obeyed(mib: str, seen: str) -> None:
 def test_a_limit_that_is_no_size_is_refused(mib: str) -> None:
     run = _limited(mib)
     assert run.returncode != 0
-    assert f"SPARSETRAIN_RESULT_CACHE_MIB='{mib}' is not a whole number of MiB" in run.stderr
+    assert f"SPARSETRAIN_CACHE_MIB='{mib}' is not a whole number of MiB" in run.stderr
     assert "0 for none" in run.stderr

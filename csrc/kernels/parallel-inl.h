@@ -4,10 +4,9 @@
 #include <sched.h>
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 #include "kernels.h"
+#include "scratch.h"
 #include "simd-inl.h"
 
 namespace sparsetrain {
@@ -17,18 +16,17 @@ namespace {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) & ~size_t{63};
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t count)
+      : bytes_(count * static_cast<int64_t>(sizeof(T))),
+        data_(static_cast<T*>(take_scratch(bytes_))) {}
+  ~Scratch() { give_scratch(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
  private:
-  T* data_;
+  const int64_t bytes_;
+  T* const data_;
 };
 
 // Calls body(worker, item) once for every item; workers take the next item when they are free, so

@@ -189,7 +189,7 @@ STABLE_TORCH_LIBRARY(sparsetrain, m) {
   m.def("forget_plan(int key) -> ()");
   m.def("native_info() -> str");
   m.def("result_memory() -> (int kept, int live, int limit)");
-  m.def("drop_result_memory() -> int");
+  m.def("drop_kept_memory() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CPU, m) {
@@ -207,5 +207,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsetrain, CompositeExplicitAutograd, m) {
   m.impl("forget_plan", TORCH_BOX(&sparsetrain::forget_plan));
   m.impl("native_info", TORCH_BOX(&sparsetrain::native_info));
   m.impl("result_memory", TORCH_BOX(&sparsetrain::result_memory_op));
-  m.impl("drop_result_memory", TORCH_BOX(&sparsetrain::drop_result_memory));
+  m.impl("drop_kept_memory", TORCH_BOX(&sparsetrain::drop_kept_memory));
 }

@@ -66,9 +66,9 @@ def _native_info() -> tuple[str, tuple[str, ...], str, str, str]:
 
 def _check_result_cache() -> None:
     if torch.ops.sparsetrain.result_memory()[2] < 0:
-        asked = os.environ.get("SPARSETRAIN_RESULT_CACHE_MIB", "")
+        asked = os.environ.get("SPARSETRAIN_CACHE_MIB", "")
         raise ValueError(
-            f"SPARSETRAIN_RESULT_CACHE_MIB={asked!r} is not a whole number of MiB. Set it to the "
+            f"SPARSETRAIN_CACHE_MIB={asked!r} is not a whole number of MiB. Set it to the "
             "most memory to keep for the layers' next results, 0 for none, or unset it (1024)."
         )
 

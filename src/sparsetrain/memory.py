@@ -45,18 +45,19 @@ def keep_memory() -> bool:
 
 
 def empty_cache() -> int:
-    """Frees the memory that the sparse layers keep for their next results.
+    """Frees the memory that the sparse layers keep for their next calls.
 
     When a result of 4 MiB or more (an output, a gradient of an input) is no longer used, the next
-    one of its size takes its memory. What is kept so is at most what such results took together at
-    some time, never more than ``SPARSETRAIN_RESULT_CACHE_MIB`` (an environment variable, in MiB,
-    read when sparsetrain is imported; 1024 where it is not set; 0: nothing is kept), and goes when
-    1024 results have not used it. Worth a call where something else needs the memory, after
-    training for example. The storage of such results cannot be resized (``Tensor.resize_`` to more
-    elements raises).
+    one of about its size takes its memory. What is kept so is at most what such results took
+    together at some time, never more than ``SPARSETRAIN_CACHE_MIB`` (an environment variable, in
+    MiB, read when sparsetrain is imported; 1024 where it is not set; 0: nothing is kept), and goes
+    when 1024 results have not used it. Up to 64 MiB are kept in the same way of what the kernels
+    work in. Worth a call where something else needs the memory, after training for example.
+
+    The storage of such results cannot be resized (``Tensor.resize_`` to more elements raises).
 
     Returns:
         The number of bytes that were freed.
     """
-    freed: int = torch.ops.sparsetrain.drop_result_memory()
+    freed: int = torch.ops.sparsetrain.drop_kept_memory()
     return freed

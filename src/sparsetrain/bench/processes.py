@@ -89,7 +89,7 @@ def load_toml(path: Path) -> Json:
 # Variables of the environment that change what is measured: part of the command where set.
 SETTINGS = (
     "SPARSETRAIN_ISA",
-    "SPARSETRAIN_RESULT_CACHE_MIB",
+    "SPARSETRAIN_CACHE_MIB",
     "THP_MEM_ALLOC_ENABLE",
     "OMP_WAIT_POLICY",
 )
