@@ -555,6 +555,12 @@ def test_peaks_of_other_libraries_stand_beside_ours(monkeypatch: pytest.MonkeyPa
     assert "verdict" not in beside
 
 
+def test_results_in_kept_memory_are_part_of_a_peak() -> None:
+    layer = Layer("a", "conv2d", 16, 16, 32, size=160, kernel=3)  # results of 50 MiB
+    peak = memory.peak_task("sparse", dataclasses.asdict(layer))
+    assert peak["peak"] > 0.9 * peak["needed"] > 80 * 2**20
+
+
 def test_a_kept_copy_of_the_input_is_seen() -> None:
     class Copying(torch.nn.Module):
         def __init__(self) -> None:

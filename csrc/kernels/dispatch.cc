@@ -4,17 +4,12 @@
 
 namespace sparsetrain {
 
-#if defined(__x86_64__)
-extern const KernelTable kTable_avx512, kTable_avx512vl, kTable_avx2, kTable_baseline;
-const KernelTable* const kKernelTables[] = {&kTable_avx512, &kTable_avx512vl, &kTable_avx2,
-                                            &kTable_baseline, nullptr};
-#elif defined(__aarch64__)
-extern const KernelTable kTable_neon;
-const KernelTable* const kKernelTables[] = {&kTable_neon, nullptr};
-#else
-extern const KernelTable kTable_baseline;
-const KernelTable* const kKernelTables[] = {&kTable_baseline, nullptr};
-#endif
+// SPARSETRAIN_ISAS: what was compiled, best first, as in ISA(avx2) ISA(baseline).
+#define ISA(name) extern const KernelTable kTable_##name;
+SPARSETRAIN_ISAS
+#undef ISA
+#define ISA(name) &kTable_##name,
+const KernelTable* const kKernelTables[] = {SPARSETRAIN_ISAS nullptr};
 
 const KernelTable* select_kernels(const char* forced_isa) {
   for (const KernelTable* const* t = kKernelTables; *t; t++) {
