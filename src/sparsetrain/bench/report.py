@@ -92,7 +92,7 @@ RESULTS = (
     ("linear_256bit", ("linear", "layers"), "Linear layers, on a CPU with 256-bit vectors"),
     ("conv_256bit", ("layers",), "Convolutions, on a CPU with 256-bit vectors"),
     ("layers_256bit", ("layers",), "Every layer of five networks, with 256-bit vectors"),
-    ("models_256bit", ("models",), "Whole training steps, with 256-bit vectors, as far as time went"),
+    ("models_256bit", ("models",), "Whole training steps, 256-bit vectors, as far as time went"),
 )
 
 
