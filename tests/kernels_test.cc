@@ -347,7 +347,6 @@ void instruction_sets_are_chosen_by_name() {
   check(!select_kernels("abacus"), "an unknown instruction set gives null");
 }
 
-// A test that cannot fail proves nothing: one wrong nonzero must be noticed.
 void freed_scratch_is_used_again() {
   constexpr int64_t mib = 1 << 20;
   drop_scratch();
@@ -378,6 +377,7 @@ void freed_scratch_is_used_again() {
   check(drop_scratch() == 0, "nothing is left");
 }
 
+// A test that cannot fail proves nothing: one wrong nonzero must be noticed.
 void a_corrupted_nonzero_is_noticed() {
   Random random{6};
   const TestPattern pattern(&random, 16, 200, 0.5, false);

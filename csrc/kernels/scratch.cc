@@ -42,11 +42,13 @@ struct ScratchMemory : std::unique_ptr<void, Free> {
 };
 typedef KeptMemory<ScratchMemory> Kept;
 
-// Blocks come in eighths of powers of two, so that calls of about the same size share them.
+// Blocks come in eighths of powers of two, so that calls of about the same size share them, with
+// room for a vector that is read at the last element.
 int64_t block_bytes(int64_t bytes) {
+  const int64_t least = bytes + 64;
   int64_t step = 64;
-  while (step * 16 <= bytes) step *= 2;
-  return (bytes + step) / step * step;  // at least one byte more than asked for
+  while (step * 16 <= least) step *= 2;
+  return (least + step - 1) / step * step;
 }
 
 void* allocate(int64_t bytes) {
