@@ -157,18 +157,19 @@ struct Strides {
 
 // Uninitialised and contiguous. Straight to the allocator: through the dispatcher it costs more
 // than a small kernel.
-inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
+inline Tensor empty_of(ScalarType type, int64_t dim, const int64_t* sizes) {
   const Strides strides(dim, sizes);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.of, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.of,
+                                                  static_cast<int32_t>(type),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
-  int64_t bytes = static_cast<int64_t>(t.element_size());
-  for (int64_t d = 0; d < dim; ++d) bytes *= sizes[d];
+  const int64_t bytes = static_cast<int64_t>(result.numel() * result.element_size());
   if (bytes >= (4 << 20)) prefer_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
+}
+inline Tensor empty_like_dtype(const Tensor& t, int64_t dim, const int64_t* sizes) {
+  return empty_of(t.scalar_type(), dim, sizes);
 }
 
 inline Tensor empty_vector(const Tensor& like, int64_t n) { return empty_like_dtype(like, 1, &n); }

@@ -33,16 +33,6 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-inline Tensor empty_of(ScalarType type, int64_t dim, const int64_t* sizes) {
-  int64_t strides[2] = {dim == 2 ? sizes[1] : 1, 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  const int64_t bytes = static_cast<int64_t>(result.numel() * result.element_size());
-  if (bytes >= (4 << 20)) prefer_huge_pages(result.mutable_data_ptr(), bytes);
-  return result;
-}
 inline Tensor empty_of(ScalarType type, int64_t rows, int64_t cols) {
   const int64_t sizes[2] = {rows, cols};
   return empty_of(type, 2, sizes);

@@ -59,12 +59,11 @@ Tensor empty_result(const Tensor& like, int64_t dim, const int64_t* sizes) {
   Tensor& memory = block->memory.tensor;
   if (!memory.get()) memory = new_memory(like, bytes);
   const Strides strides(dim, sizes);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      memory.mutable_data_ptr(), dim, sizes, strides.of, 0, dtype, aoti_torch_device_type_cpu(), -1,
-      &handle, aoti_torch_layout_strided(), nullptr, 0, end_lease, block.get()));
+  TORCH_ERROR_CODE_CHECK(
+      torch_from_blob(memory.mutable_data_ptr(), dim, sizes, strides.of, 0,
+                      static_cast<int32_t>(like.scalar_type()), aoti_torch_device_type_cpu(), -1,
+                      &handle, aoti_torch_layout_strided(), nullptr, 0, end_lease, block.get()));
   block.release();  // end_lease has it
   return Tensor(handle);
 }
